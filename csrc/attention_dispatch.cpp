@@ -1,0 +1,113 @@
+// The only place with heuristics: which kernels run an attention call, and over how many splits of the keys.
+#include "csrc/arch.h"
+#include "csrc/attention.h"
+#include "csrc/cpu/ops.h"
+#include "csrc/error.h"
+
+#ifdef VIVACE_WITH_CUDA
+#include "kernels/attention/launch.h"
+#include "kernels/attention/splits.h"
+#include "kernels/attention/workspace.h"
+#endif
+
+namespace vivace {
+
+namespace {
+
+const char* op_name(const AttentionParams& p) {
+  if (p.has_cache) return "attention_with_kvcache";
+  return p.cu_seqlens_q != nullptr ? "attention_varlen" : "attention";
+}
+
+#ifdef VIVACE_WITH_CUDA
+
+/// Up to this many query rows share a kv head's keys (queries * heads / heads_kv) reading the keys is all the work, and the
+/// decode kernel does that; above it the tensor cores of the forward kernels win.
+constexpr int64_t kMaxDecodeRows = 16;
+
+int64_t decode_rows_of(const AttentionParams& p) { return p.seqlen_q * (p.heads / p.heads_kv); }
+
+bool use_decode(const AttentionParams& p) {
+  return p.has_cache && forced_arch() >= 0 && p.dropout_p == 0.0f &&
+         (decode_rows_of(p) <= kMaxDecodeRows || p.num_splits > 1);
+}
+
+struct ForwardFamily {
+  const char* name;
+  cudaError_t (*run)(const AttentionParams&, cudaStream_t);
+  int capability;  // it is tried on this one and newer; exactly this one, if `only`
+  bool only;
+};
+
+/// The fastest first; each answers cudaErrorNotSupported to what it does not cover, the last covers everything.
+constexpr ForwardFamily kForwardFamilies[] = {
+#ifdef VIVACE_WITH_SM90
+    {"attention_forward_sm90", attention_forward_sm90, 90, true},
+#endif
+    {"attention_forward_sm80", attention_forward_sm80, 80, false},
+};
+
+void run_forward(const AttentionParams& p, int capability, cudaStream_t stream) {
+  const int64_t arch = forced_arch();
+  for (const ForwardFamily& family : kForwardFamilies) {
+    if (arch < 0 || (arch > 0 && arch < family.capability)) continue;
+    if (capability < family.capability || (family.only && capability != family.capability)) continue;
+    const cudaError_t status = family.run(p, stream);
+    if (status == cudaErrorNotSupported) continue;
+    return check_cuda(op_name(p), family.name, status);
+  }
+  check_cuda(op_name(p), "attention_forward_generic", attention_forward_generic(p, stream));
+}
+
+void run_cuda(const AttentionParams& p, int device_index, cudaStream_t stream) {
+  const char* op = op_name(p);
+  if (p.batch == 0) return;
+  if (p.k_new != nullptr || p.rotary_cos != nullptr) check_cuda(op, "attention_append", attention_append(p, stream));
+  if (p.total_q == 0) return;
+  cudaError_t status = cudaErrorNotSupported;
+  if (use_decode(p)) {
+    status = attention_decode(p, stream);
+    if (status != cudaErrorNotSupported) {
+      check_cuda(op, "attention_decode", status);
+      if (p.num_splits > 1) check_cuda(op, "attention_combine", attention_combine(p, stream));
+    }
+  }
+  if (status == cudaErrorNotSupported) run_forward(p, cuda_device(device_index).capability, stream);
+  if (p.probe != nullptr) check_cuda(op, "attention_probe", attention_probe(p, stream));
+}
+
+#endif
+
+}  // namespace
+
+int64_t plan_attention(AttentionParams& p, DeviceType device, [[maybe_unused]] int device_index) {
+  check_device(op_name(p), device, device_index);
+  if (device == DeviceType::kCpu) {
+    p.num_splits = 1;
+    return 0;
+  }
+#ifdef VIVACE_WITH_CUDA
+  if (!use_decode(p)) {
+    p.num_splits = 1;
+  } else if (p.num_splits == 0) {
+    const int64_t rows = decode_rows_of(p);
+    const int64_t units = p.batch * p.heads_kv * ((rows + decode_rows(rows) - 1) / decode_rows(rows));
+    p.num_splits = choose_num_splits(units, p.seqlen_k, cuda_device(device_index).multiprocessors,
+                                     decode_block(p.head_dim, size_of(p.dtype)));
+  }
+  return attention_workspace(p).bytes;
+#else
+  return 0;
+#endif
+}
+
+void run_attention(const AttentionParams& p, DeviceType device, int device_index, [[maybe_unused]] void* stream) {
+  if (device == DeviceType::kCpu) return cpu::attention_forward(p);
+#ifdef VIVACE_WITH_CUDA
+  run_cuda(p, device_index, static_cast<cudaStream_t>(stream));
+#else
+  check_device(op_name(p), device, device_index);
+#endif
+}
+
+}  // namespace vivace

@@ -1,0 +1,128 @@
+#include "host/device.h"
+
+#include <ATen/Context.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <sys/resource.h>
+
+#include <charconv>
+#include <fstream>
+
+#include "host/error.h"
+#include "host/operators.h"
+
+#ifdef VIVACE_WITH_CUDA
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace vivace {
+namespace {
+
+/// "MemAvailable: 123 kB" of /proc/meminfo and its like; empty when the key is not there.
+std::string proc_value(const char* file, const std::string& key) {
+  std::ifstream in(file);
+  for (std::string line; std::getline(in, line);) {
+    if (line.rfind(key, 0) != 0) continue;
+    const size_t begin = line.find_first_not_of(" \t", line.find(':') + 1);
+    return begin == std::string::npos ? "" : line.substr(begin);
+  }
+  return "";
+}
+
+}  // namespace
+
+int cuda_device_count() {
+#ifdef VIVACE_WITH_CUDA
+  return static_cast<int>(c10::cuda::device_count());  // 0, and no exception, without a driver
+#else
+  return 0;
+#endif
+}
+
+c10::Device resolve_device(const std::string& name) {
+  if (name == "cpu") return c10::Device(c10::kCPU);
+  if (name == "auto") {
+    return cuda_device_count() > 0 && operators_have_cuda() ? c10::Device(c10::kCUDA, 0) : c10::Device(c10::kCPU);
+  }
+  int index = 0;
+  bool known = name == "cuda";
+  if (name.rfind("cuda:", 0) == 0) {
+    const char* end = name.data() + name.size();
+    const auto [rest, status] = std::from_chars(name.data() + 5, end, index);
+    known = status == std::errc() && rest == end && index >= 0;
+  }
+  check(known, "device", "device is ", printable(name), ", expected auto, cpu, cuda or cuda:<index>");
+#ifdef VIVACE_WITH_CUDA
+  check(cuda_device_count() > 0, "device", "device is ", printable(name), ", but there is no usable CUDA device or driver");
+  check(index < cuda_device_count(), "device", "device is ", printable(name), ", but there are ", cuda_device_count(),
+        " CUDA devices");
+  check(operators_have_cuda(), "device", "device is ", printable(name), ", but the operator library was built without CUDA");
+#else
+  throw Error("vivace.device: device is " + printable(name) + ", but this vivace was built without CUDA");
+#endif
+  return c10::Device(c10::kCUDA, static_cast<c10::DeviceIndex>(index));
+}
+
+std::string device_name([[maybe_unused]] c10::Device device) {
+#ifdef VIVACE_WITH_CUDA
+  if (device.is_cuda()) {
+    cudaDeviceProp properties{};
+    C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index()));
+    return properties.name;
+  }
+#endif
+  return proc_value("/proc/cpuinfo", "model name");
+}
+
+int64_t free_memory([[maybe_unused]] c10::Device device) {
+#ifdef VIVACE_WITH_CUDA
+  if (device.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(device);
+    size_t free = 0, total = 0;
+    C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return static_cast<int64_t>(free);
+  }
+#endif
+  const std::string available = proc_value("/proc/meminfo", "MemAvailable");  // "123456 kB"
+  int64_t kib = 0;
+  std::from_chars(available.data(), available.data() + available.size(), kib);
+  return kib * 1024;
+}
+
+int64_t peak_memory([[maybe_unused]] c10::Device device) {
+#ifdef VIVACE_WITH_CUDA
+  if (device.is_cuda()) {
+    const auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(device.index());
+    return stats.reserved_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak;
+  }
+#endif
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<int64_t>(usage.ru_maxrss) * 1024;
+}
+
+struct StreamScope::Guard {
+#ifdef VIVACE_WITH_CUDA
+  explicit Guard(c10::Device device)
+      : stream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())), scope(stream) {}
+  c10::cuda::CUDAStream stream;
+  c10::cuda::CUDAStreamGuard scope;
+#endif
+};
+
+StreamScope::StreamScope([[maybe_unused]] c10::Device device) {
+#ifdef VIVACE_WITH_CUDA
+  if (device.is_cuda()) guard_ = std::make_unique<Guard>(device);
+#endif
+}
+StreamScope::~StreamScope() = default;
+
+void StreamScope::synchronize() const {
+#ifdef VIVACE_WITH_CUDA
+  if (guard_) guard_->stream.synchronize();
+#endif
+}
+
+}  // namespace vivace

@@ -1,0 +1,52 @@
+// From output fragments in registers to rows of `out` in memory.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/attention/swizzle.cuh"
+#include "kernels/common/convert.cuh"
+
+namespace vivace {
+
+/// Writes one warp's kRows x kDim output: its first `rows` rows and `dim` columns. Fragments go through `staging`, swizzled
+/// shared memory of this warp's own kRows rows, so that neighbouring lanes store neighbouring 16 bytes.
+/// o: m16 fragments of rows lane / 4 and lane / 4 + 8, already normalised; out: the warp's row 0. kAligned: 16-byte stores
+/// fit.
+template <typename T, int kDim, int kFragsM>
+__device__ __forceinline__ void store_output(const float (&o)[kFragsM][kDim / 8][4], uint32_t staging, T* out,
+                                             int64_t row_stride, int rows, int dim, bool aligned) {
+  using Layout = Swizzle<kDim>;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < kFragsM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * m + 8 * half + lane / 4;
+#pragma unroll
+      for (int f = 0; f < kDim / 8; ++f) {
+        ptx::st_shared(staging + Layout::offset(row, f) + 4 * (lane % 4),
+                       pack2<T>(o[m][f][2 * half], o[m][f][2 * half + 1]));
+      }
+    }
+  }
+  __syncwarp();
+  constexpr int kRowLanes = Layout::kRowLanes;
+  for (int row = lane / kRowLanes; row < rows; row += 32 / kRowLanes) {
+#pragma unroll
+    for (int chunk = lane % kRowLanes; chunk < kDim / 8; chunk += kRowLanes) {
+      const uint4 x = ptx::ld_shared_v4(staging + Layout::offset(row, chunk));
+      T* to = out + row * row_stride + 8 * chunk;
+      if (aligned) {
+        if (8 * chunk < dim) *reinterpret_cast<uint4*>(to) = x;
+      } else {
+        const T* elements = reinterpret_cast<const T*>(&x);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (8 * chunk + i < dim) to[i] = elements[i];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace vivace

@@ -1,0 +1,33 @@
+// Launchers of the CUDA attention kernels. Each launches on `stream`, allocates nothing and never synchronises, so it
+// can be captured in a CUDA graph, and returns cudaErrorNotSupported where its family does not cover the call.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/attention/params.h"
+
+namespace vivace {
+
+/// Forward for Hopper (sm_90a: wgmma, TMA): fp16 and bf16, head_dim 64 and 128, dense, causal or windowed.
+cudaError_t attention_forward_sm90(const AttentionParams& params, cudaStream_t stream);
+
+/// Tensor-core forward for sm_80 and newer (mma.sync, cp.async): fp16 and bf16, all layouts, all features.
+cudaError_t attention_forward_sm80(const AttentionParams& params, cudaStream_t stream);
+
+/// Reference-speed forward on CUDA cores: any dtype (fp32 too), any head_dim up to 256, all layouts, all features.
+cudaError_t attention_forward_generic(const AttentionParams& params, cudaStream_t stream);
+
+/// Few queries a sequence against a long cache: keys split over params.num_splits CTAs, then combined by
+/// attention_combine. Partial results lie in params.workspace (layout in kernels/attention/workspace.h).
+cudaError_t attention_decode(const AttentionParams& params, cudaStream_t stream);
+
+/// Merges the num_splits partial results of attention_decode into params.out and params.lse.
+cudaError_t attention_combine(const AttentionParams& params, cudaStream_t stream);
+
+/// Rotates k_new and copies it and v_new into the cache; rotates q into the workspace when rotary is on.
+cudaError_t attention_append(const AttentionParams& params, cudaStream_t stream);
+
+/// Writes params.probe from q, the keys and params.lse.
+cudaError_t attention_probe(const AttentionParams& params, cudaStream_t stream);
+
+}  // namespace vivace

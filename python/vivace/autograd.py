@@ -1,0 +1,141 @@
+"""Gradients of the operators, by torch.library.register_autograd (torch's stable ABI has no autograd of its own).
+
+Attention runs the backward operators on the CPU. On CUDA, which has no backward kernels yet, and for what the backward
+operators do not give (gradients of bias, sinks and lse), it is recomputed in plain torch (recompute.py).
+The other operators have closed formulas. In-place operators, attention_with_kvcache and sampling have no gradient.
+"""
+
+import torch
+
+
+def register() -> None:
+    """Registers them all; the operator library must be loaded."""
+    for name, backward, setup in (
+        ("attention", _attention_backward, _attention_setup),
+        ("attention_varlen", _varlen_backward, _varlen_setup),
+        ("rms_norm", _rms_norm_backward, _rms_norm_setup),
+        ("rotary_embedding", _rotary_backward, _rotary_setup),
+        ("silu_gate", _silu_gate_backward, _silu_gate_setup),
+    ):
+        torch.library.register_autograd(f"vivace::{name}", backward, setup_context=setup)
+
+
+def _attention_setup(ctx, inputs, output):
+    q, k, v, *scalars, alibi_slopes, bias, sinks, dropout_p, rng_state = inputs
+    ctx.save_for_backward(q, k, v, *output, alibi_slopes, bias, sinks, rng_state)
+    ctx.scalars = scalars  # softmax_scale, causal, window_left, window_right, softcap
+    ctx.dropout_p = dropout_p
+    ctx.set_materialize_grads(False)
+
+
+def _attention_backward(ctx, dout, dlse):
+    q, k, v, out, lse, alibi_slopes, bias, sinks, rng_state = ctx.saved_tensors
+    needs = _needs(ctx, 13)
+    bias_at, sinks_at = 9, 10
+    grads = [None] * len(needs)
+    if dout is None and dlse is None:
+        return tuple(grads)
+    options = *ctx.scalars, alibi_slopes, bias, sinks, ctx.dropout_p, rng_state
+    if q.is_cuda or needs[bias_at] or needs[sinks_at] or dlse is not None:
+        results = torch.ops.vivace.attention_recompute_backward(dout, dlse, q, k, v, *options)
+        *grads[:3], grads[bias_at], grads[sinks_at] = results
+    else:
+        grads[:3] = torch.ops.vivace.attention_backward(_rows_contiguous(dout), q, k, v, out, lse, *options)
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+
+
+def _varlen_setup(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, block_table, *rest = inputs
+    *scalars, alibi_slopes, _, sinks, dropout_p, rng_state = rest
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    ctx.save_for_backward(q, k, v, *output, *lengths, alibi_slopes, sinks, rng_state)
+    ctx.longest = (max_seqlen_q, max_seqlen_k)
+    ctx.paged = block_table is not None
+    ctx.scalars = scalars
+    ctx.dropout_p = dropout_p
+    ctx.set_materialize_grads(False)
+
+
+def _varlen_backward(ctx, dout, dlse):
+    q, k, v, out, lse, cu_q, cu_k, used_q, used_k, alibi_slopes, sinks, rng_state = ctx.saved_tensors
+    needs = _needs(ctx, 20)
+    sinks_at = 17
+    grads = [None] * len(needs)
+    if ctx.paged:
+        raise RuntimeError(
+            "vivace.attention_varlen: there is no gradient with block_table; "
+            "pass k and v as (total_k, heads_kv, head_dim)"
+        )
+    if dout is None and dlse is None:
+        return tuple(grads)
+    tail = ctx.dropout_p, rng_state
+    # The backward operator knows neither sinks nor seqused.
+    if q.is_cuda or dlse is not None or not (sinks is None and used_q is None and used_k is None):
+        results = torch.ops.vivace.attention_recompute_backward(
+            dout, dlse, q, k, v, *ctx.scalars, alibi_slopes, None, sinks, *tail, cu_q, cu_k, used_q, used_k
+        )
+        *grads[:3], _, grads[sinks_at] = results
+    else:
+        grads[:3] = torch.ops.vivace.attention_varlen_backward(
+            _rows_contiguous(dout), q, k, v, out, lse, cu_q, cu_k, *ctx.longest, *ctx.scalars, alibi_slopes, *tail
+        )
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+
+
+def _needs(ctx, arguments):
+    # The dispatcher leaves out trailing arguments that have their default values.
+    needs = ctx.needs_input_grad
+    return needs + (False,) * (arguments - len(needs))
+
+
+def _rows_contiguous(grad):
+    # Autograd hands in expanded gradients: of out.sum(), say, with stride 0.
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
+
+
+def _rms_norm_setup(ctx, inputs, output):
+    x, weight, eps = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.eps = eps
+
+
+def _rms_norm_backward(ctx, grad):
+    # y = x r w with r = (mean(x^2) + eps)^-1/2:  dx = r (g w) - x r^3 mean(g w x),  dw = sum over rows of g x r
+    x, weight = ctx.saved_tensors
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    xf, gw = x.to(compute), grad.to(compute) * weight.to(compute)
+    r = torch.rsqrt(xf.square().mean(-1, keepdim=True) + ctx.eps)
+    dx = dw = None
+    if ctx.needs_input_grad[0]:
+        dx = (r * gw - xf * r**3 * (gw * xf).mean(-1, keepdim=True)).to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        dw = (grad.to(compute) * xf * r).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+    return dx, dw, None
+
+
+def _rotary_setup(ctx, inputs, output):
+    _, cos, sin, positions, interleaved = inputs
+    ctx.save_for_backward(cos, sin, positions)
+    ctx.interleaved = interleaved
+
+
+def _rotary_backward(ctx, grad):
+    # A rotation's transpose is the rotation by the opposite angle. cos and sin are tables, not parameters.
+    cos, sin, positions = ctx.saved_tensors
+    if any(ctx.needs_input_grad[1:3]):
+        raise RuntimeError("vivace.rotary_embedding: cos and sin have no gradient; detach them")
+    dx = torch.ops.vivace.rotary_embedding(_rows_contiguous(grad), cos, -sin, positions, ctx.interleaved)
+    return dx, None, None, None, None
+
+
+def _silu_gate_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0])
+
+
+def _silu_gate_backward(ctx, grad):
+    # y = silu(a) b:  da = g b s (1 + a (1 - s)) with s = sigmoid(a),  db = g silu(a)
+    (gate_up,) = ctx.saved_tensors
+    compute = torch.float64 if gate_up.dtype == torch.float64 else torch.float32
+    gate, up = gate_up.to(compute).chunk(2, dim=-1)
+    g, s = grad.to(compute), torch.sigmoid(gate)
+    return torch.cat((g * up * s * (1 + gate * (1 - s)), g * gate * s), dim=-1).to(gate_up.dtype)

@@ -1,0 +1,384 @@
+"""Speech tokens from text: `generate` for a call, `Engine` for a process that serves many.
+
+Both stand on the C++ engine (vivace._C), which is loaded when one of them is first used.
+"""
+
+import importlib.machinery
+import importlib.util
+import json
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Engine", "GenerationError", "Result", "generate"]
+
+TokenCallback = Callable[[int, list[int], int, int], bool | None]
+
+_WAIT_SECONDS = 0.1  # between looks at the signals: Ctrl-C reaches a thread that waits in C++
+
+
+class GenerationError(RuntimeError):
+    """The engine failed while it worked on a request."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a request generated.
+
+    Attributes:
+        tokens: speech tokens (25 a second), without the stop token.
+        finish_reason: "stop", "length" or "cancelled"; "" while it runs.
+        prompt_tokens: positions in front of the first speech token.
+        seconds: from submission to the end.
+        queue_seconds: of these, before work on it began.
+        time_to_first_token: seconds from submission.
+        tokens_per_second: after the first token.
+    """
+
+    id: int
+    tokens: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    seconds: float
+    queue_seconds: float
+    time_to_first_token: float
+    tokens_per_second: float
+
+
+class Engine:
+    """A loaded model that generates for several requests at once.
+
+    Args:
+        model: file written by `vivace export`.
+        tokenizer: tokenizer.json, for requests that give a text; English models.
+        device: "auto", "cpu", "cuda" or "cuda:<index>".
+        dtype: "auto" (as exported), "float32", "bfloat16" or "float16".
+        max_requests: generating at once.
+        max_rows: rows of the KV cache; 0: two for each request (guided ones need two).
+        capacity: positions of a row: prompt and generated tokens.
+        max_queue: requests waiting beyond those; `submit` raises BlockingIOError when they are there.
+        threads: CPU threads of torch, for the whole process; 0: as they are.
+        cuda_graphs: replay captured steps on CUDA; VIVACE_CUDA_GRAPHS=0 turns them off too.
+        verify: recompute the digest of the model's records before loading it.
+
+    Raises:
+        OSError: a file is missing, damaged or of another kind.
+        ValueError: an option is out of range, or there is not enough memory for the cache.
+        ImportError: vivace._C is missing or was built for another torch.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike,
+        *,
+        tokenizer: str | os.PathLike | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_requests: int = 8,
+        max_rows: int = 0,
+        capacity: int = 2048,
+        max_queue: int = 256,
+        threads: int = 0,
+        cuda_graphs: bool = True,
+        verify: bool = True,
+    ):
+        extension = _extension()
+        self._tokenizer = None if tokenizer is None else extension.EnTokenizer(os.fspath(tokenizer))
+        engine = extension.Engine(
+            model=os.fspath(model),
+            operators=str(_operators()),
+            device=device,
+            dtype=dtype,
+            max_requests=max_requests,
+            max_rows=max_rows,
+            capacity=capacity,
+            max_queue=max_queue,
+            threads=threads,
+            cuda_graphs=cuda_graphs,
+            verify=verify,
+        )
+        self.manifest: dict[str, Any] = json.loads(engine.manifest_json)
+        self._voices: dict[str, Any] = {}
+        # Ended at the latest when Python exits, while callbacks can still run.
+        self._held = [engine]
+        self._finalizer = weakref.finalize(self, self._held.clear)
+
+    def close(self) -> None:
+        """Ends every request as cancelled and frees the model."""
+        self._finalizer()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def _engine(self):
+        if not self._held:
+            raise ValueError("vivace.Engine: the engine is closed")
+        return self._held[0]
+
+    def submit(
+        self,
+        text: str | None = None,
+        *,
+        text_tokens: Sequence[int] | None = None,
+        voice: str | os.PathLike,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        top_k: int = 0,
+        repetition_penalty: float | None = None,
+        cfg_weight: float | None = None,
+        exaggeration: float | None = None,
+        seed: int = 0,
+        rng: str = "philox",
+        max_tokens: int = 1000,
+        alignment: bool = True,
+        on_tokens: TokenCallback | None = None,
+    ) -> int:
+        """Queues a request and returns its id at once.
+
+        Args:
+            text: normalised and tokenized as Chatterbox does it; needs the engine's `tokenizer`.
+            text_tokens: token ids instead of a text; start and stop tokens are added where they are missing.
+            voice: voice.safetensors, written by `vivace voice`; read once and kept.
+            temperature, top_p, min_p, repetition_penalty, cfg_weight, exaggeration: None: the model's default.
+                temperature 0 always takes the likeliest token; cfg_weight 0 runs one row instead of two.
+            top_k: keep the k likeliest tokens; 0: all.
+            seed: of the draws.
+            rng: "philox" (the same tokens on any device and in any batch) or "torch" (Chatterbox's tokens after
+                torch.manual_seed(seed)).
+            max_tokens: speech tokens at most.
+            alignment: multilingual models: watch the alignment heads, as Chatterbox 0.1.7 does.
+            on_tokens: called as on_tokens(id, new_tokens, tokens_so_far, max_tokens) on the engine's thread; returning
+                False ends the request with what was generated.
+
+        Raises:
+            ValueError: an argument is out of range, or prompt and max_tokens exceed the engine's capacity.
+            OSError: the voice file is not usable. BlockingIOError: the queue is full.
+        """
+        if (text is None) == (text_tokens is None):
+            raise ValueError("vivace.submit: expected either text or text_tokens")
+        if text_tokens is None:
+            text_tokens = self.tokenize(text)
+        defaults = self.manifest["defaults"]
+
+        def value(given: float | None, name: str) -> float:
+            return defaults[name] if given is None else given
+
+        return self._engine.submit(
+            text_tokens=list(text_tokens),
+            voice=self._voice(voice),
+            temperature=value(temperature, "temperature"),
+            top_p=value(top_p, "top_p"),
+            min_p=value(min_p, "min_p"),
+            top_k=top_k,
+            repetition_penalty=value(repetition_penalty, "repetition_penalty"),
+            cfg_weight=value(cfg_weight, "cfg_weight"),
+            exaggeration=value(exaggeration, "exaggeration"),
+            seed=seed,
+            rng=rng,
+            max_new_tokens=max_tokens,
+            alignment=alignment,
+            on_tokens=on_tokens,
+        )
+
+    def wait(self, id: int, timeout: float | None = None) -> Result:
+        """Blocks until the request has finished, at most `timeout` seconds; then its id is forgotten.
+
+        With a timeout that passes, the result so far (finish_reason ""). Ctrl-C raises KeyboardInterrupt; the request
+        goes on.
+
+        Raises:
+            GenerationError: the engine, or the request's callback, failed.
+            ValueError: there is no such request.
+        """
+        remaining = timeout
+        while True:
+            step = _WAIT_SECONDS if remaining is None else min(_WAIT_SECONDS, max(remaining, 0.0))
+            answer = self._engine.wait(id, step)  # without the GIL
+            if remaining is not None:
+                remaining -= step
+            if answer["status"] == "finished" or (remaining is not None and remaining <= 0):
+                break
+        if answer["finish_reason"] == "error":
+            raise GenerationError(answer["error"])
+        return Result(**{name: answer[name] for name in Result.__dataclass_fields__})
+
+    def poll(self, id: int) -> Result:
+        """The result so far, without waiting; a finished one is handed out once, by poll or wait."""
+        return self.wait(id, 0)
+
+    def cancel(self, id: int) -> bool:
+        """Ends a request with what it has; False when it had finished or is unknown."""
+        return self._engine.cancel(id)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the engine started: tokens, steps, seconds, bytes; queued and running are of now."""
+        return self._engine.stats()
+
+    def tokenize(self, text: str) -> list[int]:
+        """Text token ids without start and stop, of the text as Chatterbox normalises it."""
+        if self._tokenizer is None:
+            raise ValueError("vivace.Engine: a text needs the engine's tokenizer (tokenizer=...), or give text_tokens")
+        if self.manifest["variant"] != "english":
+            raise ValueError(
+                "vivace.Engine: the model is multilingual: tokenize with Chatterbox's MTLTokenizer and give text_tokens"
+            )
+        return self._tokenizer.encode(text)
+
+    def _voice(self, path: str | os.PathLike):
+        key = os.path.abspath(os.fspath(path))
+        if key not in self._voices:
+            self._voices[key] = self._engine.load_voice(key)
+        return self._voices[key]
+
+
+def generate(
+    model: str | os.PathLike,
+    text: str | Sequence[str] | None = None,
+    *,
+    text_tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    voice: str | os.PathLike,
+    seed: int = 0,
+    max_tokens: int = 1000,
+    batch: int = 8,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int = 0,
+    on_tokens: TokenCallback | None = None,
+    **sampling: Any,
+) -> Result | list[Result]:
+    """Loads a model and turns text into speech tokens.
+
+    Args:
+        model: file written by `vivace export`.
+        text: one text, or several; several run as a batch with seeds seed, seed + 1, ...
+        text_tokens: token ids instead of `text`, for one text or several.
+        tokenizer: tokenizer.json; needed with `text`.
+        voice: voice.safetensors, written by `vivace voice`.
+        seed, max_tokens, on_tokens, sampling: as in `Engine.submit`.
+        batch: texts generating at once.
+        device, dtype, threads: as in `Engine`.
+
+    Returns:
+        A Result, or a list of them in the order of the texts when several were given.
+
+    Raises:
+        As Engine, Engine.submit and Engine.wait. On Ctrl-C all requests end and KeyboardInterrupt is raised.
+
+    Each call loads the model anew: keep an `Engine` to generate often.
+    """
+    if (text is None) == (text_tokens is None):
+        raise ValueError("vivace.generate: expected either text or text_tokens")
+    extension = _extension()
+    if text is not None:
+        several = not isinstance(text, str)
+        texts = list(text) if several else [text]
+        if tokenizer is None:
+            raise ValueError("vivace.generate: text needs tokenizer=tokenizer.json, or give text_tokens")
+        english = extension.EnTokenizer(os.fspath(tokenizer))
+        prompts = [english.encode(one) for one in texts]
+    else:
+        several = len(text_tokens) > 0 and not isinstance(text_tokens[0], int)
+        prompts = [list(one) for one in text_tokens] if several else [list(text_tokens)]
+    if not prompts:
+        return []
+
+    manifest = json.loads(extension.manifest_json(os.fspath(model)))
+    if text is not None and manifest["variant"] != "english":
+        raise ValueError(
+            "vivace.generate: the model is multilingual: tokenize with Chatterbox's MTLTokenizer and give text_tokens"
+        )
+    # Conditioning, start and stop of the text, two start-of-speech positions, and what is generated.
+    longest = max(len(prompt) for prompt in prompts)
+    with Engine(
+        model,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        max_requests=max(1, min(batch, len(prompts))),
+        capacity=max(1, manifest["conditioning"]["length"] + longest + 4 + max_tokens),
+        max_queue=len(prompts),
+    ) as engine:
+        ids = [
+            engine.submit(
+                text_tokens=prompt, voice=voice, seed=seed + i, max_tokens=max_tokens, on_tokens=on_tokens, **sampling
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        results = [engine.wait(id) for id in ids]
+    return results if several else results[0]
+
+
+def _operators() -> Path:
+    from vivace import library
+
+    return library.load()  # the same copy serves Python and the engine: an operator can be registered once
+
+
+_lock = threading.Lock()
+
+
+def _extension():
+    """vivace._C, with torch's libraries in the process before it.
+
+    Raises:
+        ImportError: it is missing or was built for another torch; the text names both versions.
+    """
+    with _lock:
+        name = "vivace._C"
+        if name in sys.modules:
+            return sys.modules[name]
+        import torch  # its libraries are what libvivace_host.so is linked to
+
+        path = _find_extension()
+        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+        try:
+            module = importlib.util.module_from_spec(spec)
+            loader.exec_module(module)
+        except ImportError as error:
+            raise ImportError(
+                f"vivace: {path} does not load with torch {torch.__version__}: {error}. The engine belongs to one "
+                "torch version: reinstall vivace in this environment (pip install --no-build-isolation "
+                "--force-reinstall --no-deps .). The operators (vivace.attention, ...) work without it"
+            ) from None
+        if _minor(module.torch_version) != _minor(torch.__version__):
+            raise ImportError(
+                f"vivace: {path} was built for torch {module.torch_version}, this is torch {torch.__version__}: "
+                "reinstall vivace in this environment. The operators (vivace.attention, ...) work without it"
+            )
+        sys.modules[name] = module
+        return module
+
+
+def _minor(version: str) -> tuple[str, ...]:
+    return tuple(version.split(".")[:2])
+
+
+def _find_extension() -> Path:
+    """$VIVACE_EXTENSION_DIR/_C*.so, else the package's, else the one beside $VIVACE_OPS_LIBRARY (a CMake build)."""
+    directories = [Path(__file__).resolve().parent]
+    if chosen := os.environ.get("VIVACE_EXTENSION_DIR"):
+        directories = [Path(chosen)]
+    elif operators := os.environ.get("VIVACE_OPS_LIBRARY"):
+        directories.append(Path(operators).resolve().parent)
+    for directory in directories:
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+            path = directory / f"_C{suffix}"
+            if path.is_file():
+                return path
+    looked = ", ".join(str(directory) for directory in directories)
+    raise ImportError(
+        f"vivace: the engine (_C{importlib.machinery.EXTENSION_SUFFIXES[0]}) is not in {looked}: run `pip install .`, "
+        "or build with -DVIVACE_BUILD_PYTHON=ON. The operators (vivace.attention, ...) work without it"
+    )

@@ -1,0 +1,127 @@
+"""Runs every CUDA kernel once on tiny shapes, for compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python3 tests/python/ops/sanitize.py
+
+Without torch's caching every tensor is an allocation of its own: an access past its end is seen.
+"""
+
+import itertools
+import sys
+
+import torch
+
+import vivace.ops  # noqa: F401
+
+OPS = torch.ops.vivace
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+def randn(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def unaligned(x):
+    """The same values, no row 16-byte aligned."""
+    room = torch.zeros(*x.shape[:-1], x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    room[..., 1:] = x
+    return room[..., 1:]
+
+
+def dense(dtype, dim):
+    q, k, v = randn(2, 37, 4, dim, dtype=dtype), randn(2, 71, 2, dim, dtype=dtype), randn(2, 71, 2, dim, dtype=dtype)
+    OPS.attention(q, k, v, causal=True)
+    OPS.attention(q, k, v)
+    OPS.attention(*map(unaligned, (q, k, v)), window_left=5, window_right=3)
+
+
+def dense_rich(dtype, dim):
+    q, k, v = randn(1, 19, 2, dim, dtype=dtype), randn(1, 35, 2, dim, dtype=dtype), randn(1, 35, 2, dim, dtype=dtype)
+    rich = {"alibi_slopes": torch.rand(2, device="cuda"), "sinks": torch.randn(2, device="cuda"), "softcap": 10.0}
+    OPS.attention(q, k, v, bias=torch.randn(1, 2, 19, 35, device="cuda"), **rich)
+    OPS.attention(q, k, v, bias=torch.rand(1, 1, 1, 35, device="cuda") < 0.5)
+    OPS.attention(q, k, v, causal=True, dropout_p=0.2, rng_state=torch.tensor([1, 2], device="cuda"))
+
+
+def varlen(dtype, dim):
+    q, k, v = randn(24, 4, dim, dtype=dtype), randn(60, 2, dim, dtype=dtype), randn(60, 2, dim, dtype=dtype)
+    OPS.attention_varlen(q, k, v, int32(0, 5, 5, 24), int32(0, 20, 27, 60), 19, 33, causal=True)
+    pages = [randn(9, 7, 2, dim, dtype=dtype) for _ in range(2)]
+    table = torch.randperm(9, device="cuda")[:8].int().view(2, 4)
+    OPS.attention_varlen(q, *pages, int32(0, 4, 24), int32(0, 20, 47), 20, 27, block_table=table, causal=True)
+
+
+def kvcache(dtype, dim):
+    angle = torch.rand(40, dim // 2, device="cuda")
+    rotary = {"rotary_cos": angle.cos(), "rotary_sin": angle.sin(), "rotary_interleaved": False}
+    for seqlen_q, num_splits in itertools.product((1, 21), (1, 3)):
+        q, k, v = (randn(2, seqlen_q, h, dim, dtype=dtype) for h in (4, 2, 2))
+        common = {"k": k, "v": v, "causal": True, "num_splits": num_splits, **rotary}
+        caches = [randn(3, 40, 2, dim, dtype=dtype) for _ in range(2)]
+        probe = {"probe": torch.zeros(2, 1, 40, device="cuda"), "probe_head": 3}
+        OPS.attention_with_kvcache(
+            q, *caches, cache_seqlens=int32(0, 19), cache_batch_idx=int32(2, 0), **common, **probe
+        )
+        # past the capacity: row 1 has 39 keys and gets one that fits, or 21 that mostly do not
+        OPS.attention_with_kvcache(q, *caches, cache_seqlens=int32(3, 39), **common)
+        pages = [randn(12, 8, 2, dim, dtype=dtype) for _ in range(2)]
+        table = torch.randperm(12, device="cuda")[:10].int().view(2, 5)
+        OPS.attention_with_kvcache(q, *pages, cache_seqlens=int32(7, 19), block_table=table, **common)
+    q, k, v = (randn(9, h, dim, dtype=dtype) for h in (4, 2, 2))
+    caches = [randn(3, 40, 2, dim, dtype=dtype) for _ in range(2)]
+    options = {"cu_seqlens_q": int32(0, 1, 8, 9), "max_seqlen_q": 7, "causal": True, **rotary}
+    OPS.attention_with_kvcache(q, *caches, k, v, int32(39, 0, 12), **options)
+
+
+def others(dtype):
+    x, weight = randn(5, 70, dtype=dtype), randn(70, dtype=dtype)
+    OPS.rms_norm(x, weight)
+    OPS.rms_norm(randn(2, 4096, dtype=dtype), randn(4096, dtype=dtype))
+    OPS.add_rms_norm(x, randn(5, 70, dtype=dtype), weight)
+    OPS.silu_gate(x)
+    OPS.silu_gate(randn(3, 4096, dtype=dtype))
+    angle = torch.rand(9, 16, device="cuda")
+    for interleaved in (False, True):
+        OPS.rotary_embedding(
+            randn(5, 3, 40, dtype=dtype), angle.cos(), angle.sin(), int32(0, 8, 3, 3, 100), interleaved
+        )
+        OPS.rotary_embedding_(randn(2, 4, 3, 32, dtype=dtype), angle.cos(), angle.sin(), None, interleaved)
+    for vocab in (7, 1000, 8194):
+        arguments = (
+            randn(3, vocab, dtype=dtype),
+            int32(0, 1, 2, -1).view(2, 2),
+            torch.zeros(2, vocab, dtype=torch.uint8, device="cuda"),
+            *(torch.full((2,), value, device="cuda") for value in (0.5, 0.8, 1.2, 0.05, 0.9)),
+            int32(0, 20),
+        )
+        OPS.sampling_probs(*arguments)
+        OPS.sample(*arguments, torch.tensor([1, 2], device="cuda"), torch.tensor([0, 9], device="cuda"))
+
+
+def main():
+    brief = "--brief" in sys.argv  # racecheck: each kernel, fewer shapes
+    calls = 0
+    for family, dtype in ((0, torch.bfloat16), (0, torch.float32), (80, torch.float16), (-1, torch.bfloat16)):
+        OPS.force_arch(family)
+        tensor_cores = family >= 0 and dtype in SIXTEEN_BIT
+        dims = (64, 128) if brief else (64, 40, 96, 128, 192, 256) if tensor_cores else (64, 40)
+        for dim in dims:
+            for attend in (dense, dense_rich, varlen, kvcache):
+                if brief and attend is dense_rich and dim != 64:
+                    continue
+                attend(dtype, dim)
+                torch.cuda.synchronize()
+                calls += 1
+    OPS.force_arch(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        others(dtype)
+        torch.cuda.synchronize()
+        calls += 1
+    print(f"{calls} groups of calls ran")
+
+
+if __name__ == "__main__":
+    main()
