@@ -30,7 +30,7 @@ class StepGraphs {
   /// Runs `step`, which returns the logits (rows, vocab) and otherwise works on buffers of fixed address, or replays it.
   /// The logits of a replay are overwritten by the next one.
   at::Tensor run(const StepShape& shape, const std::function<at::Tensor()>& step);
-  /// True when run() would replay: when not, what is in flight is better read first.
+  /// False when run() will warm up or capture, which takes long: what is in flight is better read first.
   bool ready(const StepShape& shape) const;
 
   int64_t replays() const { return replays_; }
