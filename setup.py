@@ -1,7 +1,7 @@
 """Builds the wheel: a thin layer over CMakeLists.txt.
 
-VIVACE_CUDA=auto|on|off, VIVACE_CUDA_ARCHITECTURES="80-real;90a-real", VIVACE_BUILD_DIR and CMAKE_ARGS in the environment
-are passed on; MAX_JOBS limits the parallel compilations.
+VIVACE_CUDA=auto|on|off, VIVACE_CUDA_ARCHITECTURES="80-real;90a-real", VIVACE_BUILD_DIR and CMAKE_ARGS in the
+environment are passed on; MAX_JOBS limits the parallel compilations.
 """
 
 import os

@@ -51,8 +51,8 @@ void check_request(const Request& request, const Manifest& manifest, const Engin
   const int64_t needed = required_capacity(manifest, request);
   check(needed <= options.capacity, op, "the prompt's ", needed - request.max_new_tokens, " positions and max_new_tokens ",
         request.max_new_tokens, " make ", needed, ", the KV cache has a capacity of ", options.capacity);
-  check(needed <= manifest.model.max_positions, op, "the prompt and max_new_tokens make ", needed, " positions, the model has ",
-        manifest.model.max_positions);
+  check(needed <= manifest.model.max_positions, op, "the prompt and max_new_tokens make ", needed,
+        " positions, the model has ", manifest.model.max_positions);
   const int64_t rows = s.cfg_weight > 0 ? 2 : 1;
   check(rows <= options.max_rows, op, "a request with cfg_weight ", s.cfg_weight, " needs ", rows,
         " rows of the KV cache, it has ", options.max_rows);

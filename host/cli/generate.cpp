@@ -11,11 +11,11 @@
 #include <sstream>
 
 #include "host/archive.h"
-#include "host/error.h"
 #include "host/cli/cli.h"
 #include "host/cli/interrupt.h"
 #include "host/cli/report.h"
 #include "host/engine.h"
+#include "host/error.h"
 #include "host/punc_norm.h"
 #include "host/tokenizer.h"
 
