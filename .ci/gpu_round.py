@@ -14,10 +14,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(os.environ.get("OUT") or ROOT / "docs/results")
-STEPS = ("tests", "sanitize", "bench")
+STEPS = ("tests", "sanitize", "engine", "bench")
+BENCHES = {
+    "forward": ["--preset", "h200", "--op", "forward", "--arch", "auto,80", "--peers", "cudnn,fa2"],
+    "decode": ["--preset", "h200", "--op", "decode,overhead"],
+    "extra": ["--preset", "extra"],  # a step that runs only where it is named
+}
 PARALLEL = 6  # processes that share the GPU; benchmarks run alone
 CHECK_SECONDS = 280  # tests and sanitizer together
 BENCH_SECONDS = 80
+ENGINE_SECONDS = 120
 HANG_SECONDS = 100  # one test
 FAILURES_SHOWN = 12  # of each step
 LINE = 190
@@ -95,11 +101,28 @@ def run_sanitizer(tool, deadline):
 
 def run_bench(what):
     path = OUT / f"bench-{what}.json"
-    record = run(
-        f"bench {what}", [sys.executable, "tests/bench/attention.py", what, "--json", str(path)], BENCH_SECONDS
-    )
+    path.unlink(missing_ok=True)  # the file is written cell by cell: an old one is not to be taken for a new one
+    command = [sys.executable, "-m", "vivace", "bench", "attention", *BENCHES[what], "--output", str(path)]
+    record = run(f"bench {what}", command, BENCH_SECONDS)
     record["result"] = "ok" if record["code"] == 0 else "FAILED"
     record["detail"] = str(path) if record["result"] == "ok" else f"ended with {record['code']}"
+    record["failures"] = []
+    return record
+
+
+def run_engine():
+    if "VIVACE_EXECUTABLE" not in os.environ:
+        return {
+            "step": "engine",
+            "result": "not run",
+            "seconds": 0,
+            "detail": "VIVACE_EXECUTABLE is not set",
+            "failures": [],
+            "log": "",
+        }
+    record = run("engine", [sys.executable, ".ci/gpu_engine.py"], ENGINE_SECONDS)
+    record["result"] = "ok" if record["code"] == 0 else "FAILED"
+    record["detail"] = f"ended with {record['code']}"
     record["failures"] = []
     return record
 
@@ -123,9 +146,9 @@ def describe_machine():
 
 def main():
     steps = sys.argv[1:] or STEPS
-    unknown = [step for step in steps if step not in STEPS]
+    unknown = [step for step in steps if step not in (*STEPS, "extra")]
     if unknown:
-        sys.exit(f".ci/gpu: unknown step {unknown[0]!r}, expected {', '.join(STEPS)}")
+        sys.exit(f".ci/gpu: unknown step {unknown[0]!r}, expected {', '.join(STEPS)} or extra")
     library = os.environ["VIVACE_OPS_LIBRARY"]
     if not Path(library).is_file():
         sys.exit(f".ci/gpu: there is no operator library at {library}; build it, or set VIVACE_OPS_LIBRARY")
@@ -141,15 +164,18 @@ def main():
             jobs += [pool.submit(run_sanitizer, tool, deadline) for tool in ("memcheck", "racecheck")]
         if "tests" in steps:
             paths = sorted((ROOT / "tests/python/ops").glob("test_*.py"), key=lambda p: -p.stat().st_size)
+            paths.append(ROOT / "tests/python/bench/test_cuda.py")
             jobs += [pool.submit(run_tests, path, deadline) for path in paths if path.stem != "test_reference"]
         for job in jobs:
             records.append(job.result())
             if records[-1]["result"] == "FAILED":
                 show(records[-1])
-    if "bench" in steps:
-        for what in ("forward", "decode"):
-            records.append(run_bench(what))
-            print(f"\n== bench {what}\n{records[-1]['log'].strip()[-4500:]}")
+    if "engine" in steps:
+        records.append(run_engine())
+        print(f"\n== engine\n{records[-1]['log'].strip()[-3000:]}")
+    for what in (*(("forward", "decode") if "bench" in steps else ()), *(("extra",) if "extra" in steps else ())):
+        records.append(run_bench(what))
+        print(f"\n== bench {what}\n{records[-1]['log'].strip()[-7000:]}")
     with open(OUT / "gpu.log", "w", encoding="utf-8") as file:
         file.writelines(f"==== {r['step']}\n{r['log']}\n" for r in records)
     with open(OUT / "gpu.json", "w", encoding="utf-8") as file:

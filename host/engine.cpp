@@ -136,7 +136,7 @@ Result Engine::wait(uint64_t id, double timeout_seconds) {
   const JobPtr job = found->second;
   const auto finished = [&] { return job->result.status == Status::kFinished; };
   if (timeout_seconds < 0) {
-    w.done.wait(lock, finished);
+    wait_until_true(w.done, lock, finished);
   } else {
     w.done.wait_for(lock, std::chrono::duration<double>(timeout_seconds), finished);
   }

@@ -13,7 +13,7 @@
 namespace vivace {
 
 enum class Rng {
-  kPhilox,  // counter-based (kernels/common/philox.h): tokens depend on the seed alone, on any device and in any batch
+  kPhilox,  // counter-based (kernels/common/philox.h): the draws depend on seed and step alone, on any device, in any batch
   kTorch,   // at::multinomial with a torch generator seeded with `seed`: Chatterbox's tokens after torch.manual_seed(seed)
 };
 

@@ -111,7 +111,7 @@ void Engine::Worker::load() {
 /// False when the engine is to stop; everything that was submitted has then been finished.
 bool Engine::Worker::wait_for_work() {
   std::unique_lock lock(mutex);
-  work.wait(lock, [&] { return stopping || !queue.empty() || !batch->empty() || !pending.empty(); });
+  wait_until_true(work, lock, [&] { return stopping || !queue.empty() || !batch->empty() || !pending.empty(); });
   if (!stopping) return true;
   for (auto& [id, job] : jobs) {
     if (job->result.status != Status::kFinished) finish(*job, FinishReason::kCancelled);

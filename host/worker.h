@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <future>
@@ -21,6 +22,14 @@
 #include "host/readback.h"
 
 namespace vivace {
+
+/// condition_variable::wait in terms of wait_for: libstdc++ 12 gave the former a new symbol version (GLIBCXX_3.4.30), which
+/// would keep the wheel from systems that manylinux_2_34 admits.
+template <typename Condition>
+void wait_until_true(std::condition_variable& variable, std::unique_lock<std::mutex>& lock, Condition condition) {
+  while (!variable.wait_for(lock, std::chrono::hours(1), condition)) {
+  }
+}
 
 inline double seconds_between(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<double>(to - from).count();

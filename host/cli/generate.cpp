@@ -226,7 +226,7 @@ std::function<int()> add_generate(CLI::App& app) {
       ->envname("VIVACE_LINES");
 
   command->add_option("--seed", o->seed, "seed of the draws")->envname("VIVACE_SEED")->capture_default_str();
-  command->add_option("--rng", o->rng, "philox (same tokens on any device, in any batch) or torch (Chatterbox's draws)")
+  command->add_option("--rng", o->rng, "philox (the same draws on any device, in any batch) or torch (Chatterbox's draws)")
       ->check(CLI::IsMember({"philox", "torch"}))
       ->envname("VIVACE_RNG")
       ->capture_default_str();

@@ -1,4 +1,4 @@
-"""The `vivace` command. Export and voices are Python; the rest is the C++ executable, given all arguments."""
+"""The `vivace` command. What exports, converts or measures is Python; the rest is the C++ executable."""
 
 import argparse
 import importlib.util
@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from vivace.bench import arguments as bench_arguments
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -76,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     voice.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="voice.safetensors")
     voice.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     voice.set_defaults(run=run_voice)
+
+    bench_arguments.add_parser(commands)
 
     version = commands.add_parser("version", help="versions of vivace and torch")
     version.set_defaults(run=run_version)

@@ -153,7 +153,7 @@ class Engine:
                 temperature 0 always takes the likeliest token; cfg_weight 0 runs one row instead of two.
             top_k: keep the k likeliest tokens; 0: all.
             seed: of the draws.
-            rng: "philox" (the same tokens on any device and in any batch) or "torch" (Chatterbox's tokens after
+            rng: "philox" (draws that depend on seed and step alone) or "torch" (Chatterbox's tokens after
                 torch.manual_seed(seed)).
             max_tokens: speech tokens at most.
             alignment: multilingual models: watch the alignment heads, as Chatterbox 0.1.7 does.

@@ -12,8 +12,6 @@ import pytest
 
 from vivace import library
 
-ROOT = Path(__file__).resolve().parents[3]
-
 needs_readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
 
 
@@ -22,7 +20,8 @@ def readelf(*arguments):
 
 
 def run_python(code, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "python"), **environment}
+    # The package that this process uses: the installed one, or the source tree's.
+    environment = {**os.environ, "PYTHONPATH": str(Path(library.__file__).parents[1]), **environment}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 

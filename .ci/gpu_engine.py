@@ -1,0 +1,78 @@
+"""The engine on a GPU: its C++ tests, then whole generations with a random T3 of the real shape in bf16.
+
+Needs $VIVACE_EXECUTABLE (a built `vivace`); runs $VIVACE_TEST_ENGINE (the Catch2 program test_engine) with the models
+in $VIVACE_TEST_MODELS/parity_{english,multilingual}, where they are given. Writes $OUT/generate-h200.json.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+TEXT = "Hello! This is vivace, turning text into speech tokens."
+OUT = Path(os.environ.get("OUT") or Path(__file__).resolve().parents[1] / "docs/results")
+
+
+def library_path():
+    """torch's own libraries and the CUDA packages that pip put beside it."""
+    torch_directory = Path(torch.__file__).parent
+    found = {path.parent for path in (torch_directory.parent / "nvidia").glob("**/*.so*")}
+    return ":".join(map(str, [torch_directory / "lib", *sorted(found)]))
+
+
+def main():
+    executable = os.environ["VIVACE_EXECUTABLE"]
+    environment = {**os.environ, "LD_LIBRARY_PATH": library_path()}
+    failed = False
+    if program := os.environ.get("VIVACE_TEST_ENGINE"):
+        models = os.environ["VIVACE_TEST_MODELS"]
+        for variant in ("english", "multilingual"):
+            if (Path(models) / f"parity_{variant}").is_dir():
+                environment[f"VIVACE_TEST_MODEL_{variant}"] = f"{models}/parity_{variant}"
+        failed = subprocess.run([program, "[gpu]"], env=environment).returncode != 0
+
+    with tempfile.TemporaryDirectory() as directory:
+        model = f"{directory}/t3.vivace"
+        export = ["export", "--random", "--seed", "7", "--dtype", "bf16", "-o", model, "--assets", directory, "-q"]
+        subprocess.run([sys.executable, "-W", "ignore", "-m", "vivace", *export], check=True)
+        generate = [executable, "generate", "--model", model, "--tokenizer", f"{directory}/tokenizer.json"]
+        generate += ["--voice", f"{directory}/voice.safetensors", "--seed", "7", "--json"]
+
+        def run(requests, *options, **variables):
+            text = "\n".join([TEXT] * requests)
+            command = [*generate, "--lines", "--batch", str(requests), "--max-tokens", "1000", *options]
+            done = subprocess.run(
+                command, input=text, env={**environment, **variables}, check=True, capture_output=True, text=True
+            )
+            return json.loads(done.stdout)
+
+        rows = []
+        print(
+            f"{'requests':>8} {'cfg':>4} {'graphs':>6} {'tokens/s':>9} {'x real time':>11} {'ms a step':>9} {'GiB':>6}"
+        )
+        tokens = {}
+        for requests, cfg, graphs in ((1, 0.5, 1), (1, 0.5, 0), (1, 0.0, 1), (20, 0.5, 1), (64, 0.5, 1)):
+            result = run(requests, "--cfg-weight", str(cfg), VIVACE_CUDA_GRAPHS=str(graphs))
+            stats = result["stats"]
+            tokens[requests, cfg, graphs] = [request["tokens"] for request in result["results"]]
+            ms = 1000 * stats["decode_seconds"] / stats["decode_steps"]
+            rate = (stats["generated_tokens"] - requests) / stats["decode_seconds"]
+            gib = stats["peak_memory_bytes"] / 2**30
+            row = {"requests": requests, "cfg_weight": cfg, "cuda_graphs": bool(graphs), "tokens_per_second": rate}
+            rows.append({**row, "ms_per_step": ms, "stats": stats})
+            print(f"{requests:8} {cfg:4} {graphs:6} {rate:9.0f} {rate / 25:11.1f} {ms:9.3f} {gib:6.2f}", flush=True)
+        same = tokens[1, 0.5, 1] == tokens[1, 0.5, 0]
+        print(f"tokens with CUDA graphs equal those without: {same}")
+        failed = failed or not same
+    OUT.mkdir(parents=True, exist_ok=True)
+    with open(OUT / "generate-h200.json", "w", encoding="utf-8") as file:
+        json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, file, indent=1)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
