@@ -8,7 +8,8 @@
 
 namespace vivace {
 
-/// Forward for Hopper (sm_90a: wgmma, TMA): fp16 and bf16, head_dim 64 and 128, dense, causal or windowed.
+/// Forward for Hopper (sm_90a: wgmma, TMA): fp16 and bf16, head_dim a multiple of 8 and head_dim_v the same, all layouts
+/// but pages, causal or windowed, without score modifiers and dropout.
 cudaError_t attention_forward_sm90(const AttentionParams& params, cudaStream_t stream);
 
 /// Tensor-core forward for sm_80 and newer (mma.sync, cp.async): fp16 and bf16, all layouts, all features.

@@ -195,7 +195,8 @@ def test_dropout_keeps_what_philox_says(case):
     state = torch.tensor([0x123456789ABCDEF, 77], device=case.device)
     options = {**MASKS[case.mask], "dropout_p": case.p, "rng_state": state}
     out, lse = check(q, k, v, **options)
-    assert torch.equal(lse, OPS.attention(q, k, v, **MASKS[case.mask])[1]), "dropout must not change lse"
+    _, without_lse = OPS.attention(q, k, v, **MASKS[case.mask])  # another kernel family may run it: not the same bits
+    assert_lse(lse, without_lse, lse_slack(0.0))
     assert not torch.equal(out, OPS.attention(q, k, v, **{**options, "rng_state": state + 1})[0])
     assert torch.equal(out, OPS.attention(q, k, v, **options)[0])
 

@@ -1,0 +1,174 @@
+// Instantiates and launches the sm90 forward kernels of one head dimension. One head dimension a .cu file, so that they
+// compile side by side.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "kernels/attention/forward_sm90.cuh"
+#include "kernels/attention/mask.cuh"
+#include "kernels/attention/softmax.cuh"
+
+namespace vivace::sm90 {
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+/// cuTensorMapEncodeTiled, found at run time: no link to libcuda.
+inline EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* pointer = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found) !=
+            cudaSuccess ||
+        found != cudaDriverEntryPointSuccess) {
+      pointer = nullptr;
+    }
+    return reinterpret_cast<EncodeTiled>(pointer);
+  }();
+  return function;
+}
+
+/// A (batch, rows, heads, head_dim) tensor, read or written in boxes of 64 columns and `box_rows` rows of one head;
+/// false where the engine cannot: addresses and strides are multiples of 16 bytes. Reads past an end give 0.
+inline bool encode_map(CUtensorMap& map, DType dtype, const void* data, const int64_t (&stride)[3], int64_t batch,
+                       int64_t rows, int64_t heads, int64_t head_dim, int box_rows) {
+  // The stride of a dimension of size 1 is arbitrary for the caller, but not for the engine.
+  auto bytes = [](int64_t elements, int64_t size) { return static_cast<cuuint64_t>(size == 1 ? 16 : elements * 2); };
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(rows),
+                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
+  const cuuint64_t strides[3] = {bytes(stride[1], rows), bytes(stride[2], heads), bytes(stride[0], batch)};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
+  for (const cuuint64_t s : strides) {
+    if (s % 16 != 0 || s == 0 || s >= (cuuint64_t{1} << 40)) return false;
+  }
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return false;
+  return encode_tiled()(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                        4, const_cast<void*>(data), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+inline int multiprocessor_count() {
+  static std::atomic<int> counts[64];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 132;
+  std::atomic<int>& count = counts[device & 63];
+  int value = count.load(std::memory_order_relaxed);
+  if (value == 0) {
+    cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
+    count.store(value, std::memory_order_relaxed);
+  }
+  return value;
+}
+
+inline bool is_ragged(const AttentionParams& p) {
+  return p.has_cache || p.cu_seqlens_q != nullptr || p.cu_seqlens_k != nullptr || p.seqused_q != nullptr ||
+         p.seqused_k != nullptr;
+}
+
+inline bool is_masked(const AttentionParams& p) {
+  const Window window(p);
+  return window.left != Window::kOpen || window.right != Window::kOpen;
+}
+
+template <typename Traits>
+cudaError_t launch(const AttentionParams& params, cudaStream_t stream) {
+  if (encode_tiled() == nullptr) return cudaErrorNotSupported;
+  AttentionParams p = params;
+  use_rotated_q(p);
+  const bool packed_q = p.cu_seqlens_q != nullptr, packed_k = !p.has_cache && p.cu_seqlens_k != nullptr;
+  const int64_t q_batch = packed_q ? 1 : p.batch, q_rows = packed_q ? p.total_q : p.seqlen_q;
+  // How many rows a cache has is not said; its indices are the caller's word.
+  const int64_t k_batch = packed_k ? 1 : p.cache_batch_idx != nullptr ? int64_t{1} << 20 : p.batch;
+  const int64_t k_rows = packed_k ? p.total_k : p.seqlen_k;
+  CUtensorMap q_map, k_map, v_map, o_map;
+  if (!encode_map(q_map, p.dtype, p.q, p.q_stride, q_batch, q_rows, p.heads, p.head_dim, Traits::rows) ||
+      !encode_map(k_map, p.dtype, p.k, p.k_stride, k_batch, k_rows, p.heads_kv, p.head_dim, Traits::keys) ||
+      !encode_map(v_map, p.dtype, p.v, p.v_stride, k_batch, k_rows, p.heads_kv, p.head_dim, Traits::keys) ||
+      !encode_map(o_map, p.dtype, p.out, p.out_stride, q_batch, q_rows, p.heads, p.head_dim, 64)) {
+    return cudaErrorNotSupported;
+  }
+  ForwardArgs args{};
+  args.lse = p.lse;
+  args.out = p.out;
+  args.v = p.v;
+  std::copy_n(p.out_stride, 3, args.out_stride);
+  std::copy_n(p.v_stride, 3, args.v_stride);
+  args.lse_head_stride = packed_q ? p.total_q : p.seqlen_q;
+  args.lse_batch_stride = p.heads * p.seqlen_q;
+  args.batch = static_cast<int32_t>(p.batch);
+  args.heads = static_cast<int32_t>(p.heads);
+  args.group = static_cast<int32_t>(p.heads / p.heads_kv);
+  args.head_dim = static_cast<int32_t>(p.head_dim);
+  args.seqlen_q = static_cast<int32_t>(p.seqlen_q);
+  args.seqlen_k = static_cast<int32_t>(p.seqlen_k);
+  args.row_blocks = (args.seqlen_q + Traits::rows - 1) / Traits::rows;
+  args.tiles = args.row_blocks * args.batch * args.heads;
+  if (packed_q) {
+    args.tiles = std::min(args.tiles, static_cast<int32_t>(p.total_q / Traits::rows + p.batch) * args.heads);
+  }
+  // Half of a 50 MB L2 for K and V leaves room for Q and the output.
+  const int64_t kv_bytes = std::max<int64_t>(p.seqlen_k, 1) * (p.head_dim + p.head_dim_v) * 2;
+  args.heads_in_l2 =
+      static_cast<int32_t>(std::clamp<int64_t>((int64_t{24} << 20) / kv_bytes * args.group, 1, p.batch * p.heads));
+  const Window window(p);
+  args.window_left = window.left;
+  args.window_right = window.right;
+  args.softmax_scale = p.softmax_scale;
+  args.scale_log2 = p.softmax_scale * kLog2E;
+  args.cu_seqlens_q = p.cu_seqlens_q;
+  args.cu_seqlens_k = packed_k ? p.cu_seqlens_k : nullptr;
+  args.seqused_q = p.seqused_q;
+  args.seqused_k = p.seqused_k;
+  args.cache_seqlens = p.cache_seqlens;
+  args.cache_batch_idx = p.cache_batch_idx;
+  args.has_cache = p.has_cache;
+  args.appended = p.k_new == nullptr ? 0 : packed_q ? -1 : static_cast<int32_t>(p.seqlen_new);
+
+  constexpr int kSmemBytes = sizeof(ForwardSmem<Traits>);
+  static_assert(kSmemBytes <= 227 * 1024);
+  auto* kernel = forward_sm90_kernel<Traits>;
+  const cudaError_t configured = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
+  if (configured != cudaSuccess) return configured;
+  const int grid = std::min(args.tiles, multiprocessor_count());
+  kernel<<<grid, Traits::threads, kSmemBytes, stream>>>(args, q_map, k_map, v_map, o_map);
+  return cudaGetLastError();
+}
+
+/// rows x keys of a head dimension: see forward_sm90.cuh. kShort: 128 rows where it would be 192.
+template <typename Element, int kHeadDim, bool kMasked, bool kRagged, bool kShort>
+using ForwardTraitsOf = ForwardTraits<Element, kHeadDim,
+                                      kHeadDim <= 128   ? 128
+                                      : kHeadDim == 192 ? 112
+                                                        : 80,
+                                      kHeadDim == 64 && !kShort ? 3 : 2,
+                                      kHeadDim != 64 ? 2
+                                      : kShort       ? 4
+                                                     : 3,
+                                      kMasked, kRagged>;
+
+template <typename Element, int kHeadDim>
+cudaError_t launch_variant(const AttentionParams& p, cudaStream_t stream) {
+  if (is_ragged(p)) return launch<ForwardTraitsOf<Element, kHeadDim, true, true, true>>(p, stream);
+  if (!is_masked(p)) return launch<ForwardTraitsOf<Element, kHeadDim, false, false, false>>(p, stream);
+  if constexpr (kHeadDim == 64) {
+    // Up to here the rows and masked keys that larger tiles waste cost more than the third consumer brings.
+    if (p.seqlen_q <= 1024) return launch<ForwardTraitsOf<Element, kHeadDim, true, false, true>>(p, stream);
+  }
+  return launch<ForwardTraitsOf<Element, kHeadDim, true, false, false>>(p, stream);
+}
+
+/// Calls of at most kHeadDim columns.
+template <int kHeadDim>
+cudaError_t launch_forward(const AttentionParams& p, cudaStream_t stream) {
+  return p.dtype == DType::kFloat16 ? launch_variant<__half, kHeadDim>(p, stream)
+                                    : launch_variant<__nv_bfloat16, kHeadDim>(p, stream);
+}
+
+}  // namespace vivace::sm90
