@@ -17,16 +17,16 @@ TEXT = "Hello! This is vivace, turning text into speech tokens."
 OUT = Path(os.environ.get("OUT") or Path(__file__).resolve().parents[1] / "docs/results")
 
 
-def library_path():
-    """torch's own libraries and the CUDA packages that pip put beside it."""
+def library_path(executable):
+    """The host's library, torch's own, and the CUDA packages that pip put beside it."""
     torch_directory = Path(torch.__file__).parent
     found = {path.parent for path in (torch_directory.parent / "nvidia").glob("**/*.so*")}
-    return ":".join(map(str, [torch_directory / "lib", *sorted(found)]))
+    return ":".join(map(str, [Path(executable).resolve().parents[1] / "lib", torch_directory / "lib", *sorted(found)]))
 
 
 def main():
     executable = os.environ["VIVACE_EXECUTABLE"]
-    environment = {**os.environ, "LD_LIBRARY_PATH": library_path()}
+    environment = {**os.environ, "LD_LIBRARY_PATH": library_path(executable)}
     failed = False
     if program := os.environ.get("VIVACE_TEST_ENGINE"):
         models = os.environ["VIVACE_TEST_MODELS"]
