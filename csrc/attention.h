@@ -50,4 +50,8 @@ int64_t plan_attention(AttentionParams& params, DeviceType device, int device_in
 /// Runs the call on `device`; on CUDA on `stream`, a cudaStream_t, without a synchronisation.
 void run_attention(const AttentionParams& params, DeviceType device, int device_index, void* stream);
 
+/// The implementation that attended in this thread's last call: "cpu", "attention_decode", "attention_forward_sm90", ...; ""
+/// before the first.
+const char* last_attention_kernel();
+
 }  // namespace vivace

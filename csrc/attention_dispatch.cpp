@@ -14,6 +14,8 @@ namespace vivace {
 
 namespace {
 
+thread_local const char* last_kernel = "";
+
 const char* op_name(const AttentionParams& p) {
   if (p.has_cache) return "attention_with_kvcache";
   return p.cu_seqlens_q != nullptr ? "attention_varlen" : "attention";
@@ -54,9 +56,11 @@ void run_forward(const AttentionParams& p, int capability, cudaStream_t stream) 
     if (capability < family.capability || (family.only && capability != family.capability)) continue;
     const cudaError_t status = family.run(p, stream);
     if (status == cudaErrorNotSupported) continue;
+    last_kernel = family.name;
     return check_cuda(op_name(p), family.name, status);
   }
-  check_cuda(op_name(p), "attention_forward_generic", attention_forward_generic(p, stream));
+  last_kernel = "attention_forward_generic";
+  check_cuda(op_name(p), last_kernel, attention_forward_generic(p, stream));
 }
 
 void run_cuda(const AttentionParams& p, int device_index, cudaStream_t stream) {
@@ -68,7 +72,8 @@ void run_cuda(const AttentionParams& p, int device_index, cudaStream_t stream) {
   if (use_decode(p)) {
     status = attention_decode(p, stream);
     if (status != cudaErrorNotSupported) {
-      check_cuda(op, "attention_decode", status);
+      last_kernel = "attention_decode";
+      check_cuda(op, last_kernel, status);
       if (p.num_splits > 1) check_cuda(op, "attention_combine", attention_combine(p, stream));
     }
   }
@@ -102,12 +107,17 @@ int64_t plan_attention(AttentionParams& p, DeviceType device, [[maybe_unused]] i
 }
 
 void run_attention(const AttentionParams& p, DeviceType device, int device_index, [[maybe_unused]] void* stream) {
-  if (device == DeviceType::kCpu) return cpu::attention_forward(p);
+  if (device == DeviceType::kCpu) {
+    last_kernel = "cpu";
+    return cpu::attention_forward(p);
+  }
 #ifdef VIVACE_WITH_CUDA
   run_cuda(p, device_index, static_cast<cudaStream_t>(stream));
 #else
   check_device(op_name(p), device, device_index);
 #endif
 }
+
+const char* last_attention_kernel() { return last_kernel; }
 
 }  // namespace vivace

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "csrc/arch.h"
+#include "csrc/attention.h"
 #include "torch_ext/tensors.h"
 
 namespace vivace {
@@ -17,16 +18,20 @@ std::string build_info() {
   return text + sizeof("VIVACE_BUILD_INFO=") - 1;
 }
 
+std::string attention_kernel() { return last_attention_kernel(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vivace, m) {
   m.def("force_arch(int arch) -> int");
   m.def("build_info() -> str");
+  m.def("attention_kernel() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vivace, CompositeExplicitAutograd, m) {
   m.impl("force_arch", TORCH_BOX(&force_arch));
   m.impl("build_info", TORCH_BOX(&build_info));
+  m.impl("attention_kernel", TORCH_BOX(&attention_kernel));
 }
 
 }  // namespace vivace

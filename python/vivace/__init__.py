@@ -23,6 +23,7 @@ _LAZY = {
     "sampling_probs": "vivace.ops",
     "force_arch": "vivace.ops",
     "build_info": "vivace.ops",
+    "attention_kernel": "vivace.ops",
     "is_available": "vivace.library",
     "unavailable_reason": "vivace.library",
     "generate": "vivace.engine",

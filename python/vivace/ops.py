@@ -379,6 +379,12 @@ def build_info() -> dict:
     return json.loads(_ops.build_info())
 
 
+def attention_kernel() -> str:
+    """The implementation that this thread's last attention call ran on: "cpu", "attention_decode",
+    "attention_forward_sm90", "attention_forward_sm80" or "attention_forward_generic"; "" before the first."""
+    return _ops.attention_kernel()
+
+
 def _last_contiguous(t):
     return t if t is None or t.dim() == 0 or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 

@@ -1,11 +1,7 @@
 """vivace's own calls: what a cell asks of it, by which kernels, and what a call costs the host."""
 
 import contextlib
-import re
-import tempfile
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -53,10 +49,15 @@ def own_call(cell: Cell, inputs: Inputs, arch: str) -> Call:
     return Call(function, lambda: forced(arch))
 
 
-def family_of(kernels: list[str]) -> str | None:
-    """The family of the forward kernel among mangled names: "sm90a", "sm80", "generic"."""
-    found = re.findall(r"6vivace(?:4sm(90|80)|7(generic))", " ".join(kernels))
-    return NAMES["".join(found[0])] if found else None
+def family_of(kernel: str) -> str:
+    """The family that `vivace.ops.attention_kernel` names: "sm90a", "sm80", "generic", "decode", "cpu"."""
+    name = kernel.removeprefix("attention_").removeprefix("forward_")
+    return "sm90a" if name == "sm90" else name
+
+
+def last_family() -> str:
+    """The family of the last attention call."""
+    return family_of(vivace.ops.attention_kernel())
 
 
 def nominal_arch(arch: str, device: str) -> str:
@@ -67,28 +68,6 @@ def nominal_arch(arch: str, device: str) -> str:
         return NAMES[arch]
     major, minor = torch.cuda.get_device_capability()
     return "sm90a" if (major, minor) == (9, 0) else f"sm{major}{minor}"
-
-
-def kernel_names(call: Call) -> list[str]:
-    """Mangled names of the kernels that a call launches, from CUDA's picture of a graph of it; [] where that fails."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            warnings.catch_warnings(),
-            torch.cuda.stream(torch.cuda.current_stream()),  # a failed capture leaves its own as the current one
-            call.context(),
-        ):
-            warnings.simplefilter("ignore")
-            path = Path(folder) / "graph.dot"
-            graph.enable_debug_mode()
-            with torch.cuda.graph(graph):
-                call.function()
-            graph.debug_dump(str(path))
-            return re.findall(r"_Z\w+", path.read_text(encoding="utf-8", errors="replace"))
-    except (RuntimeError, OSError):
-        torch.cuda.synchronize()
-        return []
 
 
 def overhead_calls(cell: Cell, device: str) -> tuple[dict[str, Call], str]:
