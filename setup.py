@@ -12,6 +12,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -45,4 +46,16 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--install", str(build_dir), "--prefix", str(prefix), "--strip"], check=True)
 
 
-setup(ext_modules=[CMakeExtension()], cmdclass={"build_ext": CMakeBuild})
+class BuildPackage(build_py):
+    """Puts vivace.pth beside the package: where Python starts with VIVACE_ENABLE set, it runs vivace.startup."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            self.copy_file(str(ROOT / "python" / "vivace.pth"), str(Path(self.build_lib) / "vivace.pth"))
+
+    def get_outputs(self, include_bytecode=True):
+        return [*super().get_outputs(include_bytecode), str(Path(self.build_lib) / "vivace.pth")]
+
+
+setup(ext_modules=[CMakeExtension()], cmdclass={"build_ext": CMakeBuild, "build_py": BuildPackage})

@@ -1,5 +1,6 @@
 """The steps of .ci/gpu: each in its own process, time-limited; all run whatever fails; a table last."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,17 +15,44 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(os.environ.get("OUT") or ROOT / "docs/results")
-STEPS = ("tests", "sanitize", "engine", "bench")
+STEPS = ("tests", "sanitize", "engine", "chatterbox", "bench")
+#: Name -> (file in $OUT, `vivace bench`'s arguments, seconds it may take); a run that is cut off keeps what it has, and
+#: runs of one file add to it.
+STEP = ["step", "-r", "9", "--tokens"]
 BENCHES = {
-    "forward": ["--preset", "h200", "--op", "forward", "--arch", "auto,80", "--peers", "cudnn,fa2"],
-    "decode": ["--preset", "h200", "--op", "decode,overhead"],
-    "extra": ["--preset", "extra"],  # a step that runs only where it is named
+    "step-peers": ("step-h200", [*STEP, "300", "--rows", "1,40", "--arch", "auto,80", "--peers", "compile,eager"], 90),
+    "step": ("step-h200", [*STEP, "300", "--rows", "2,128", "--arch", "auto,80", "--peers", "compile,eager"], 90),
+    "step-rows": ("step-h200", [*STEP, "300", "--rows", "1,40", "--arch", "auto,80", "--peers", "none"], 30),
+    "step-lengths": ("step-h200", [*STEP, "1000,3000", "--rows", "2,128", "--peers", "none"], 30),
+    "generate": ("generate-h200", ["generate", "--peers", "eager", "--peer-repetitions", "1"], 100),
+    "generate-peers": (
+        "generate-peers-h200",
+        ["generate", "--batch", "1", "--peers", "eager,sdpa,compiled", "--peer-repetitions", "1"],
+        110,
+    ),
+    "forward": (
+        "attention-h200",
+        ["attention", "--preset", "h200", "--op", "forward", "--arch", "auto,80", "--peers", "cudnn,fa2", "-r", "9"],
+        60,
+    ),
+    "decode": ("decode-h200", ["attention", "--preset", "h200", "--op", "decode,overhead", "-r", "9"], 45),
+    "extra": ("attention-extra-h200", ["attention", "--preset", "extra"], 80),
+}
+#: Run only where they are named: torch.compile takes half a minute for each number of rows.
+NAMED = ("step-peers", "generate-peers", "extra")
+#: compute-sanitizer's tools, and what each leaves out; tests/python/ops/sanitize.py says why.
+SANITIZERS = {
+    "memcheck": [],
+    "racecheck": [],
+    "initcheck": ["--kernel-name-exclude", "kernel_substring=decode_kernel"],
+    "synccheck": ["--kernel-name-exclude", "kernel_substring=persistent_kernel"],
 }
 PARALLEL = 6  # processes that share the GPU; benchmarks run alone
 CHECK_SECONDS = 280  # tests and sanitizer together
-BENCH_SECONDS = 80
 ENGINE_SECONDS = 120
+CHATTERBOX_SECONDS = 100
 HANG_SECONDS = 100  # one test
+GRACE_SECONDS = 4  # after a step's time is over
 FAILURES_SHOWN = 12  # of each step
 LINE = 190
 
@@ -45,8 +73,7 @@ def run(name, command, seconds, **environment):
             )
             code = process.wait(max(seconds, 1))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
             code = "timeout"
         except OSError as error:
             log_file.write(str(error))
@@ -54,6 +81,15 @@ def run(name, command, seconds, **environment):
         log_file.seek(0)
         log = log_file.read()
     return {"step": name, "code": code, "seconds": round(time.monotonic() - start, 1), "log": log}
+
+
+def end(process):
+    """As Ctrl-C does, so that a benchmark prints what it has and ends its own processes; then for good."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+            return
 
 
 def run_tests(path, deadline):
@@ -85,9 +121,8 @@ def run_tests(path, deadline):
 
 def run_sanitizer(tool, deadline):
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    brief = ["--brief"] if tool == "racecheck" else []
-    command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-    command += [sys.executable, "tests/python/ops/sanitize.py", *brief]
+    command = [program, "--tool", tool, *SANITIZERS[tool], "--error-exitcode", "9", "--print-limit", "20"]
+    command += [sys.executable, "tests/python/ops/sanitize.py", *(["--brief"] if tool != "memcheck" else [])]
     record = run(tool, command, deadline - time.monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     lines = record["log"].splitlines()
     summary = [line.strip("= ") for line in lines if "SUMMARY" in line]
@@ -100,30 +135,52 @@ def run_sanitizer(tool, deadline):
 
 
 def run_bench(what):
-    path = OUT / f"bench-{what}.json"
-    path.unlink(missing_ok=True)  # the file is written cell by cell: an old one is not to be taken for a new one
-    command = [sys.executable, "-m", "vivace", "bench", "attention", *BENCHES[what], "--output", str(path)]
-    record = run(f"bench {what}", command, BENCH_SECONDS)
+    file, arguments, seconds = BENCHES[what]
+    if arguments[0] == "generate" and "VIVACE_EXECUTABLE" not in os.environ:
+        return not_run(f"bench {what}", "VIVACE_EXECUTABLE is not set")
+    path = OUT / f"{file}.json"
+    command = [sys.executable, "-m", "vivace", "bench", *arguments, "--resume", str(path)]
+    record = run(f"bench {what}", command, seconds)
     record["result"] = "ok" if record["code"] == 0 else "FAILED"
     record["detail"] = str(path) if record["result"] == "ok" else f"ended with {record['code']}"
     record["failures"] = []
     return record
 
 
+def run_report(files):
+    """The page and the figures of what this round measured."""
+    runs = [str(path) for path in files if path.is_file()]
+    command = [sys.executable, "-m", "vivace", "report", *runs, "-o", str(OUT / "report.html")]
+    record = run("report", [*command, "--figures", str(OUT / "figures")], 60)
+    record["result"] = "ok" if record["code"] == 0 else "FAILED"
+    record["detail"] = str(OUT / "report.html")
+    record["failures"] = [] if record["code"] == 0 else record["log"].splitlines()[-4:]
+    return record
+
+
+def not_run(step, why):
+    return {"step": step, "result": "not run", "seconds": 0, "detail": why, "failures": [], "log": ""}
+
+
 def run_engine():
     if "VIVACE_EXECUTABLE" not in os.environ:
-        return {
-            "step": "engine",
-            "result": "not run",
-            "seconds": 0,
-            "detail": "VIVACE_EXECUTABLE is not set",
-            "failures": [],
-            "log": "",
-        }
+        return not_run("engine", "VIVACE_EXECUTABLE is not set")
     record = run("engine", [sys.executable, ".ci/gpu_engine.py"], ENGINE_SECONDS)
     record["result"] = "ok" if record["code"] == 0 else "FAILED"
     record["detail"] = f"ended with {record['code']}"
     record["failures"] = []
+    return record
+
+
+def run_chatterbox():
+    """Chatterbox's own T3, where it is installed, as it is and accelerated."""
+    command = [sys.executable, "-W", "ignore", ".ci/gpu_chatterbox.py", "--json", str(OUT / "chatterbox-h200.json")]
+    record = run("chatterbox", command, CHATTERBOX_SECONDS)
+    if record["code"] == 0 and "skipped" in record["log"]:
+        return not_run("chatterbox", record["log"].strip().splitlines()[-1])
+    record["result"] = "ok" if record["code"] == 0 else "FAILED"
+    record["detail"] = f"ended with {record['code']}"
+    record["failures"] = [line for line in record["log"].splitlines() if line.startswith("FAILED")]
     return record
 
 
@@ -146,9 +203,11 @@ def describe_machine():
 
 def main():
     steps = sys.argv[1:] or STEPS
-    unknown = [step for step in steps if step not in (*STEPS, "extra")]
+    unknown = [step for step in steps if step not in (*STEPS, *BENCHES)]
     if unknown:
-        sys.exit(f".ci/gpu: unknown step {unknown[0]!r}, expected {', '.join(STEPS)} or extra")
+        sys.exit(
+            f".ci/gpu: unknown step {unknown[0]!r}, expected {', '.join(STEPS)}, or one of bench: {', '.join(BENCHES)}"
+        )
     library = os.environ["VIVACE_OPS_LIBRARY"]
     if not Path(library).is_file():
         sys.exit(f".ci/gpu: there is no operator library at {library}; build it, or set VIVACE_OPS_LIBRARY")
@@ -161,7 +220,7 @@ def main():
     with ThreadPoolExecutor(PARALLEL) as pool:
         jobs = []
         if "sanitize" in steps:  # first: they take longest
-            jobs += [pool.submit(run_sanitizer, tool, deadline) for tool in ("memcheck", "racecheck")]
+            jobs += [pool.submit(run_sanitizer, tool, deadline) for tool in SANITIZERS]
         if "tests" in steps:
             paths = sorted((ROOT / "tests/python/ops").glob("test_*.py"), key=lambda p: -p.stat().st_size)
             paths.append(ROOT / "tests/python/bench/test_cuda.py")
@@ -173,9 +232,18 @@ def main():
     if "engine" in steps:
         records.append(run_engine())
         print(f"\n== engine\n{records[-1]['log'].strip()[-3000:]}")
-    for what in (*(("forward", "decode") if "bench" in steps else ()), *(("extra",) if "extra" in steps else ())):
+    if "chatterbox" in steps:
+        records.append(run_chatterbox())
+        print(f"\n== chatterbox\n{records[-1]['log'].strip()[-3000:]}")
+    wanted = [what for what in BENCHES if what in steps or ("bench" in steps and what not in NAMED)]
+    files = list(dict.fromkeys(OUT / f"{BENCHES[what][0]}.json" for what in wanted))
+    for path in files:
+        path.unlink(missing_ok=True)  # written case by case: an old one is not to be taken for a new one
+    for what in wanted:
         records.append(run_bench(what))
-        print(f"\n== bench {what}\n{records[-1]['log'].strip()[-7000:]}")
+        print(f"\n== bench {what}\n{records[-1]['log'].strip()[-7000:]}", flush=True)
+    if any(path.is_file() for path in files):
+        records.append(run_report(files))
     with open(OUT / "gpu.log", "w", encoding="utf-8") as file:
         file.writelines(f"==== {r['step']}\n{r['log']}\n" for r in records)
     with open(OUT / "gpu.json", "w", encoding="utf-8") as file:

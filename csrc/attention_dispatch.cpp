@@ -24,14 +24,24 @@ const char* op_name(const AttentionParams& p) {
 #ifdef VIVACE_WITH_CUDA
 
 /// Up to this many query rows share a kv head's keys (queries * heads / heads_kv) reading the keys is all the work, and the
-/// decode kernel does that; above it the tensor cores of the forward kernels win.
-constexpr int64_t kMaxDecodeRows = 16;
+/// decode kernel does that; above it the larger tiles of the forward kernels win, if there are enough of them.
+constexpr int64_t kMaxDecodeRows = 32;
+constexpr int64_t kMaxDecodeRowsFp32 = 16;
+constexpr int64_t kMaxDecodeRowsOfFew = 256;
+
+/// Up to so many bytes of cache a decode call is launched as a programmatic dependent.
+constexpr int64_t kMaxDependentBytes = int64_t{16} << 20;
 
 int64_t decode_rows_of(const AttentionParams& p) { return p.seqlen_q * (p.heads / p.heads_kv); }
 
-bool use_decode(const AttentionParams& p) {
-  return p.has_cache && forced_arch() >= 0 && p.dropout_p == 0.0f &&
-         (decode_rows_of(p) <= kMaxDecodeRows || p.num_splits > 1);
+bool use_decode(const AttentionParams& p, int64_t multiprocessors) {
+  if (!p.has_cache || forced_arch() < 0 || p.dropout_p > 0.0f) return false;
+  const int64_t rows = decode_rows_of(p);
+  if (p.num_splits > 1) return true;
+  if (p.dtype == DType::kFloat32) return rows <= kMaxDecodeRowsFp32;
+  // The forward kernels do not split keys: a CTA for each 128 queries of a head.
+  const int64_t forward_ctas = p.batch * p.heads * ((p.seqlen_q + 127) / 128);
+  return rows <= kMaxDecodeRows || (rows <= kMaxDecodeRowsOfFew && 2 * forward_ctas <= multiprocessors);
 }
 
 struct ForwardFamily {
@@ -69,11 +79,13 @@ void run_cuda(const AttentionParams& p, int device_index, cudaStream_t stream) {
   if (p.k_new != nullptr || p.rotary_cos != nullptr) check_cuda(op, "attention_append", attention_append(p, stream));
   if (p.total_q == 0) return;
   cudaError_t status = cudaErrorNotSupported;
-  if (use_decode(p)) {
-    status = attention_decode(p, stream);
+  if (use_decode(p, p.multiprocessors)) {
+    const bool fp32 = p.dtype == DType::kFloat32;
+    status = fp32 ? attention_decode_fp32(p, stream) : attention_decode(p, stream);
     if (status != cudaErrorNotSupported) {
       last_kernel = "attention_decode";
       check_cuda(op, last_kernel, status);
+      if (!fp32) return;  // the probe is written
       if (p.num_splits > 1) check_cuda(op, "attention_combine", attention_combine(p, stream));
     }
   }
@@ -92,13 +104,18 @@ int64_t plan_attention(AttentionParams& p, DeviceType device, [[maybe_unused]] i
     return 0;
   }
 #ifdef VIVACE_WITH_CUDA
-  if (!use_decode(p)) {
+  const CudaDevice cuda = cuda_device(device_index);
+  p.multiprocessors = cuda.multiprocessors;
+  p.arch = cuda.capability == 90 && forced_arch() != 80 ? 90 : 80;
+  // Starting early hides up to 0.6 us; a launch that fills the processors for longer gains nothing and lost 1 to 2 %.
+  const int64_t kv_bytes = p.batch * p.seqlen_k * p.heads_kv * (p.head_dim + p.head_dim_v) * size_of(p.dtype);
+  p.dependent = cuda.capability >= 90 && kv_bytes <= kMaxDependentBytes;
+  if (!use_decode(p, p.multiprocessors)) {
     p.num_splits = 1;
-  } else if (p.num_splits == 0) {
-    const int64_t rows = decode_rows_of(p);
-    const int64_t units = p.batch * p.heads_kv * ((rows + decode_rows(rows) - 1) / decode_rows(rows));
-    p.num_splits = choose_num_splits(units, p.seqlen_k, cuda_device(device_index).multiprocessors,
-                                     decode_block(p.head_dim, size_of(p.dtype)));
+  } else if (p.num_splits == 0 && p.dtype == DType::kFloat32) {
+    const int64_t rows = decode_rows_of(p), tile = fp32_decode_rows(rows);
+    p.num_splits = choose_num_splits(p.batch * p.heads_kv * ((rows + tile - 1) / tile), p.seqlen_k, p.multiprocessors,
+                                     fp32_decode_block(p.head_dim));
   }
   return attention_workspace(p).bytes;
 #else

@@ -26,6 +26,7 @@ const T* per_request(const Checker& check, const TensorView& t, const char* name
 void check_values(const Checker& check, const SampleParams& p) {
   for (int64_t r = 0; r < p.requests; ++r) {
     const int32_t cond = p.rows[2 * r], uncond = p.rows[2 * r + 1];
+    if (p.next_step != nullptr && cond < 0) continue;  // padding
     check(cond >= 0 && cond < p.logit_rows && uncond < p.logit_rows, "rows[", r, "] is (", cond, ", ", uncond,
           "), logits has ", p.logit_rows, " rows");
     const float temperature = p.temperature[r * p.temperature_stride];
@@ -33,6 +34,47 @@ void check_values(const Checker& check, const SampleParams& p) {
     const float penalty = p.repetition_penalty[r * p.repetition_penalty_stride];
     check(penalty > 0.0f, "repetition_penalty[", r, "] is ", penalty, ", expected more than 0 (1: off)");
   }
+}
+
+int64_t* int64_vector(const Checker& check, const TensorView& t, const char* name, int64_t requests) {
+  check.device(t, name);
+  check.dtype(t, name, DType::kInt64);
+  check.shape(t, name, {requests}, "(requests)");
+  check.contiguous(t, name);
+  return static_cast<int64_t*>(t.data);
+}
+
+void check_advance(const Checker& check, const SampleArgs& a, SampleParams& p) {
+  p.tokens = int64_vector(check, a.tokens, "tokens", p.requests);
+  check.not_expanded(a.step, "step");
+  p.next_step = static_cast<int64_t*>(a.step.data);
+  p.positions = int64_vector(check, a.positions, "positions", p.requests);
+  p.advance = int64_vector(check, a.advance, "advance", p.requests);
+  check.int32_vector(a.cache_seqlens, "cache_seqlens", p.logit_rows, "(rows of logits)");
+  p.cache_seqlens = static_cast<int32_t*>(a.cache_seqlens.data);
+  check(a.last_position >= 0, "last_position is ", a.last_position, ", expected at least 0");
+  p.last_position = a.last_position;
+  check(static_cast<bool>(a.history) == static_cast<bool>(a.turn), "history and turn are given together or not at all");
+  if (!a.history) return;
+  p.turn = int64_vector(check, a.turn, "turn", p.requests);
+  check.dtype(a.history, "history", DType::kInt64);
+  check.dims(a.history, "history", 2, "(slots, requests)");
+  check.shape(a.history, "history", {a.history.size(0), p.requests}, "(slots, requests)");
+  check.last_dim_contiguous(a.history, "history");
+  check.not_expanded(a.history, "history");
+  check(a.history.size(0) > 0, "history has no slots");
+  p.history = static_cast<int64_t*>(a.history.data);
+  p.history_slots = a.history.size(0);
+  p.history_stride = a.history.strides[0];
+  if (a.history.device == a.logits.device) return check.device(a.history, "history");
+  check(a.logits.device == DeviceType::kCuda, "history is on ", device_string(a.history), ", logits is on the CPU");
+#ifdef VIVACE_WITH_CUDA
+  cudaPointerAttributes memory{};
+  const cudaError_t status = cudaPointerGetAttributes(&memory, p.history);
+  check(status == cudaSuccess && memory.type == cudaMemoryTypeHost && memory.devicePointer != nullptr,
+        "history is on the CPU and not pinned; the kernel could not write to it");
+  p.history = static_cast<int64_t*>(memory.devicePointer);
+#endif
 }
 
 }  // namespace
@@ -79,6 +121,7 @@ SampleParams check_sample(const char* op, const SampleArgs& a) {
     p.seed = per_request<int64_t>(check, a.seed, "seed", DType::kInt64, n, p.seed_stride);
     p.step = per_request<int64_t>(check, a.step, "step", DType::kInt64, n, p.step_stride);
   }
+  if (a.tokens) check_advance(check, a, p);
   if (a.logits.device == DeviceType::kCpu) check_values(check, p);
   return p;
 }

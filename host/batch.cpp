@@ -7,9 +7,12 @@
 namespace vivace {
 namespace {
 
-enum Longs : int64_t { kPositions, kStep, kSeed, kAdvance, kRowRequest, kLongs };
+enum Longs : int64_t { kPositions, kStep, kSeed, kAdvance, kRowRequest, kTurn, kLongs };
 enum Ints : int64_t { kSeqlens, kCacheRows, kRowAdvance, kTopK, kLogitRows, kInts };
 enum Floats : int64_t { kCfgWeight, kTemperature, kRepetitionPenalty, kMinP, kTopP, kFloats };
+
+/// A step's tokens are read before the next but one is queued: two slots would do.
+constexpr int64_t kHistorySlots = 4;
 
 /// A zeroed host tensor that can be copied to the device without waiting; the host allocator keeps it until the copy is
 /// done.
@@ -26,6 +29,8 @@ Batch::Batch(const Manifest& manifest, int64_t max_requests, int32_t scratch_row
       scratch_row_(scratch_row),
       tokens_(at::zeros({max_requests}, at::TensorOptions().dtype(at::kLong).device(device))),
       seen_(at::zeros({max_requests, manifest.speech.vocab_size}, at::TensorOptions().dtype(at::kByte).device(device))),
+      history_(staging({kHistorySlots, max_requests}, at::kLong, device)),
+      turns_(static_cast<size_t>(max_requests)),
       longs_(at::zeros({kLongs, 2 * max_requests}, at::TensorOptions().dtype(at::kLong).device(device))),
       ints_(at::zeros({kInts, 2 * max_requests}, at::TensorOptions().dtype(at::kInt).device(device))),
       floats_(at::zeros({kFloats, max_requests}, at::TensorOptions().dtype(at::kFloat).device(device))) {}
@@ -70,9 +75,10 @@ void Batch::upload() {
   auto i = ints.accessor<int32_t, 2>();
   auto f = floats.accessor<float, 2>();
   for (int64_t row = 0; row < 2 * max_requests_; ++row) i[kCacheRows][row] = scratch_row_;
-  // logit_rows is (requests, 2): the last line of `ints`, read as pairs. Padding requests read row 0, greedily.
+  // logit_rows is (requests, 2): the last line of `ints`, read as pairs. Padding requests have none.
   int32_t* const logit_rows = &i[kLogitRows][0];
-  for (int64_t r = 0; r < max_requests_; ++r) logit_rows[2 * r + 1] = -1;
+  std::fill_n(logit_rows, 2 * max_requests_, -1);
+  std::copy(turns_.begin(), turns_.end(), &l[kTurn][0]);
 
   int64_t row = size();  // of the next unconditional one
   for (int64_t r = 0; r < size(); ++r) {
@@ -107,6 +113,12 @@ void Batch::upload() {
   floats_.copy_(floats, /*non_blocking=*/true);
 }
 
+std::vector<int64_t> Batch::take_turns() {
+  std::vector<int64_t> slots(jobs_.size());
+  for (size_t r = 0; r < slots.size(); ++r) slots[r] = turns_[r]++ % kHistorySlots;
+  return slots;
+}
+
 StepState Batch::state(int64_t first, int64_t n, int64_t m) const {
   auto longs = [&](int64_t line) { return longs_.select(0, line).narrow(0, first, n); };
   auto floats = [&](int64_t line) { return floats_.select(0, line).narrow(0, first, n); };
@@ -116,6 +128,8 @@ StepState Batch::state(int64_t first, int64_t n, int64_t m) const {
   s.step = longs(kStep);
   s.seed = longs(kSeed);
   s.advance = longs(kAdvance);
+  s.turn = longs(kTurn);
+  s.history = history_.narrow(1, first, n);
   s.row_request = longs_.select(0, kRowRequest).narrow(0, 0, m);
   s.seqlens = ints_.select(0, kSeqlens).narrow(0, 0, m);
   s.cache_rows = ints_.select(0, kCacheRows).narrow(0, 0, m);

@@ -28,6 +28,7 @@ struct Job {
 
   int32_t cond_row = -1, uncond_row = -1;  // of the KV cache; -1: none
   int64_t prompt_tokens = 0;               // positions of the prompt, the same in both rows
+  int64_t limit = 0;                       // tokens at most: max_new_tokens, or what the cache has room for
   int64_t issued = 0;                      // tokens whose sampling has been queued
   int64_t last_token = 0;                  // latest delivered token
   bool done = false;                       // nothing of it is delivered any more
@@ -37,7 +38,7 @@ struct Job {
   bool guided() const { return request.sampling.cfg_weight > 0; }
   /// One call of vivace::sample does for it: no logits are edited and the draw is our own.
   bool plain() const { return !alignment && request.sampling.rng == Rng::kPhilox; }
-  bool exhausted() const { return done || issued >= request.max_new_tokens; }
+  bool exhausted() const { return done || issued >= limit; }
 };
 using JobPtr = std::shared_ptr<Job>;
 
@@ -54,6 +55,8 @@ struct StepState {
   at::Tensor cfg_weight, temperature, repetition_penalty, min_p, top_p;  // (n) fp32
   at::Tensor top_k;                                                      // (n) int32
   at::Tensor seed, step;                                                 // (n) int64
+  at::Tensor turn;                                                       // (n) int64: entries of history so far
+  at::Tensor history;                                                    // (slots, n) int64, of the host: latest tokens
   at::Tensor advance;                                                    // (n) int64: 1, and 0 in padding
   at::Tensor row_advance;                                                // (m) int32
 };
@@ -62,6 +65,7 @@ struct StepState {
 /// written anew when the set of requests changes; tokens and seen ids live on the device alone.
 class Batch {
  public:
+  /// scratch_row: the cache row of padding rows; negative: the step skips them (decode_step).
   Batch(const Manifest& manifest, int64_t max_requests, int32_t scratch_row, at::Device device);
 
   int64_t size() const { return static_cast<int64_t>(jobs_.size()); }
@@ -82,6 +86,10 @@ class Batch {
   /// issued.
   void upload();
 
+  /// After a step with sample_advance has been queued: the slots of history that its tokens come to, one a request.
+  std::vector<int64_t> take_turns();
+  const at::Tensor& history() const { return history_; }
+
   /// State of requests [first, first + n) and of rows [0, m).
   StepState state(int64_t first, int64_t n, int64_t m) const;
 
@@ -92,9 +100,11 @@ class Batch {
   std::vector<JobPtr> jobs_;
 
   at::Tensor tokens_, seen_;
-  at::Tensor longs_;   // (5, max_rows) int64: positions, step, seed, advance, row_request
-  at::Tensor ints_;    // (6, max_rows) int32: seqlens, cache_rows, row_advance, top_k, logit_rows (two rows' worth)
-  at::Tensor floats_;  // (5, max_requests): cfg_weight, temperature, repetition_penalty, min_p, top_p
+  at::Tensor history_;          // (slots, max_requests) int64, pinned: sample_advance writes to it from the device
+  std::vector<int64_t> turns_;  // of each column of history: what the device counts too
+  at::Tensor longs_;            // (6, max_rows) int64: positions, step, seed, advance, row_request, turn
+  at::Tensor ints_;             // (6, max_rows) int32: seqlens, cache_rows, row_advance, top_k, logit_rows (two rows' worth)
+  at::Tensor floats_;           // (5, max_requests): cfg_weight, temperature, repetition_penalty, min_p, top_p
 };
 
 }  // namespace vivace

@@ -1,9 +1,11 @@
 #include "host/device.h"
 
+#include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <charconv>
 #include <fstream>
 
@@ -91,6 +93,18 @@ int64_t free_memory([[maybe_unused]] c10::Device device) {
   return kib * 1024;
 }
 
+int64_t used_memory([[maybe_unused]] c10::Device device) {
+#ifdef VIVACE_WITH_CUDA
+  if (device.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(device);
+    size_t free = 0, total = 0;
+    C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return static_cast<int64_t>(total - free);
+  }
+#endif
+  return 0;
+}
+
 int64_t peak_memory([[maybe_unused]] c10::Device device) {
 #ifdef VIVACE_WITH_CUDA
   if (device.is_cuda()) {
@@ -103,6 +117,22 @@ int64_t peak_memory([[maybe_unused]] c10::Device device) {
   return static_cast<int64_t>(usage.ru_maxrss) * 1024;
 }
 
+namespace {
+template <typename T>
+at::Tensor upload_values(const std::vector<T>& values, c10::Device device, at::ScalarType dtype) {
+  // From pinned memory, which the host's allocator keeps until the copy is done.
+  const auto options = at::TensorOptions().dtype(dtype).pinned_memory(device.is_cuda());
+  const at::Tensor host = at::empty({static_cast<int64_t>(values.size())}, options);
+  std::copy(values.begin(), values.end(), host.mutable_data_ptr<T>());
+  return host.to(device, /*non_blocking=*/true);
+}
+}  // namespace
+
+at::Tensor upload(const std::vector<int32_t>& values, c10::Device device) { return upload_values(values, device, at::kInt); }
+at::Tensor upload(const std::vector<int64_t>& values, c10::Device device) {
+  return upload_values(values, device, at::kLong);
+}
+
 struct StreamScope::Guard {
 #ifdef VIVACE_WITH_CUDA
   explicit Guard(c10::Device device)
@@ -111,6 +141,26 @@ struct StreamScope::Guard {
   c10::cuda::CUDAStreamGuard scope;
 #endif
 };
+
+void shrink_stack([[maybe_unused]] c10::Device device) {
+#ifdef VIVACE_WITH_CUDA
+  if (!device.is_cuda()) return;
+  const c10::cuda::CUDAGuard guard(device);
+  if (cudaDeviceSetLimit(cudaLimitStackSize, 128) != cudaSuccess) (void)cudaGetLastError();  // it stays as it was
+#endif
+}
+
+void release_memory([[maybe_unused]] c10::Device device) {
+#ifdef VIVACE_WITH_CUDA
+  if (device.is_cuda()) c10::cuda::CUDACachingAllocator::emptyCache();
+#endif
+}
+
+void synchronize([[maybe_unused]] c10::Device device) {
+#ifdef VIVACE_WITH_CUDA
+  if (device.is_cuda()) c10::cuda::getCurrentCUDAStream(device.index()).synchronize();
+#endif
+}
 
 StreamScope::StreamScope([[maybe_unused]] c10::Device device) {
 #ifdef VIVACE_WITH_CUDA

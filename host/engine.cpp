@@ -1,5 +1,8 @@
 #include "host/engine.h"
 
+#include <ATen/ATen.h>
+
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -48,14 +51,31 @@ void check_request(const Request& request, const Manifest& manifest, const Engin
   const int64_t text = static_cast<int64_t>(frame(request.text_tokens, manifest.text).size());
   check(text <= manifest.text.max_tokens, op, "the text has ", text, " tokens with start and stop, the model takes at most ",
         manifest.text.max_tokens, "; split it into sentences");
-  const int64_t needed = required_capacity(manifest, request);
-  check(needed <= options.capacity, op, "the prompt's ", needed - request.max_new_tokens, " positions and max_new_tokens ",
-        request.max_new_tokens, " make ", needed, ", the KV cache has a capacity of ", options.capacity);
+  const int64_t needed = required_capacity(manifest, request), prompt = needed - request.max_new_tokens;
+  check(prompt < options.capacity, op, "the prompt has ", prompt, " positions, the KV cache a capacity of ",
+        options.capacity, ", which leaves no room for a token");
   check(needed <= manifest.model.max_positions, op, "the prompt and max_new_tokens make ", needed,
         " positions, the model has ", manifest.model.max_positions);
   const int64_t rows = s.cfg_weight > 0 ? 2 : 1;
   check(rows <= options.max_rows, op, "a request with cfg_weight ", s.cfg_weight, " needs ", rows,
         " rows of the KV cache, it has ", options.max_rows);
+}
+
+/// Seeded, or with the state that was given.
+at::Generator torch_generator(const SamplingOptions& sampling, at::Device device) {
+  at::Generator generator = at::globalContext().defaultGenerator(device).clone();
+  if (sampling.generator_state.empty()) {
+    generator.set_current_seed(static_cast<uint64_t>(sampling.seed));
+    return generator;
+  }
+  const at::Tensor state = at::empty({static_cast<int64_t>(sampling.generator_state.size())}, at::kByte);
+  std::copy(sampling.generator_state.begin(), sampling.generator_state.end(), state.mutable_data_ptr<uint8_t>());
+  try {
+    generator.set_state(state);
+  } catch (const std::exception& error) {
+    throw Error("vivace.submit: generator_state is no state of a generator of " + device.str() + ": " + brief(error));
+  }
+  return generator;
 }
 
 }  // namespace
@@ -80,6 +100,8 @@ Engine::Engine(const EngineOptions& options) : worker_(std::make_unique<Worker>(
   EngineOptions& o = worker_->options;
   check(o.max_requests >= 1, kOp, "max_requests is ", o.max_requests, ", expected at least 1");
   check(o.max_rows >= 0, kOp, "max_rows is ", o.max_rows, ", expected at least 1 (0: two for each request)");
+  check(o.fused_step == "auto" || o.fused_step == "on" || o.fused_step == "off", kOp, "fused_step is ",
+        printable(o.fused_step), ", expected auto, on or off");
   check(o.capacity >= 1, kOp, "capacity is ", o.capacity, ", expected at least 1");
   check(o.max_queue >= 1, kOp, "max_queue is ", o.max_queue, ", expected at least 1");
   if (o.max_rows == 0) o.max_rows = 2 * o.max_requests;
@@ -107,6 +129,9 @@ uint64_t Engine::submit(Request request) {
   check_request(request, w.manifest, w.options);
   auto job = std::make_shared<Job>();
   request.text_tokens = frame(request.text_tokens, w.manifest.text);
+  job->prompt_tokens = required_capacity(w.manifest, request) - request.max_new_tokens;
+  job->limit = std::min(request.max_new_tokens, w.options.capacity - job->prompt_tokens);
+  if (request.sampling.rng == Rng::kTorch) job->generator = torch_generator(request.sampling, w.model->device());
   job->request = std::move(request);
   job->submitted = Clock::now();
   uint64_t id = 0;
@@ -164,6 +189,7 @@ Stats Engine::stats() const {
   const std::lock_guard lock(worker_->mutex);
   Stats stats = worker_->stats;
   stats.peak_memory_bytes = peak_memory(c10::Device(stats.device));
+  stats.device_memory_bytes = used_memory(c10::Device(stats.device));
   return stats;
 }
 

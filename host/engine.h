@@ -30,10 +30,22 @@ struct EngineOptions {
   int64_t max_rows = 0;         // rows of the KV cache; 0: two for each request (guided requests need two, others one)
   int64_t capacity = 2048;      // positions a row can hold: prompt and generated tokens
   int64_t max_queue = 256;      // requests waiting; submit throws beyond
-  int64_t max_prefill = 16384;  // positions in one prefill; a longer prompt goes alone
+  int64_t max_prefill = 4096;   // positions in one prefill, whose buffers they size; a longer prompt goes alone
   int threads = 0;              // torch's intra-op threads (process-wide); 0: leave as is
   bool cuda_graphs = true;      // VIVACE_CUDA_GRAPHS=0 in the environment turns them off as well
-  bool verify = true;           // recompute the archive's digest before it is loaded
+  // Decode steps by vivace::decode_step, which is the whole decoder in one operator, instead of layer by layer. "auto": on
+  // CUDA where its kernels take the model, "on": on the CPU as well, "off". VIVACE_FUSED_STEP=0 or 1 in the environment
+  // wins.
+  std::string fused_step = "auto";
+  // A request's tokens are the same bit for bit whatever else is in the batch: one family of kernels for any number of rows,
+  // and a prefill of its own for each request.
+  bool deterministic = false;
+  bool warm_up = true;  // CUDA: load kernels and capture graphs before the first request, not during it
+  // CUDA: a context keeps 1 KiB of stack for every thread that the device can run, 0.24 GB on an H200, for kernels that call
+  // functions whose depth is not known; none of ours or cuBLAS' do. It is a property of the process, so only its owner
+  // should turn it on.
+  bool small_stack = false;
+  bool verify = true;  // recompute the archive's digest before it is loaded
 };
 
 class Engine {

@@ -61,7 +61,8 @@ Model::Model(const ModelOptions& options) : manifest_{}, device_(at::kCPU), scri
   const c10::InferenceMode inference;
   const PlainExecutor plain;
   try {
-    script_->module = torch::jit::load(options.path, device_);
+    // By way of host memory: what is converted or stacked leaves nothing behind on the device.
+    script_->module = torch::jit::load(options.path, c10::Device(c10::kCPU));
   } catch (const std::exception& error) {  // ErrorReport is no c10::Error
     throw FileError(options.path, brief(error));
   }
@@ -72,10 +73,16 @@ Model::Model(const ModelOptions& options) : manifest_{}, device_(at::kCPU), scri
     auto* function = dynamic_cast<torch::jit::GraphFunction*>(&script_->methods[i]->function());
     if (function != nullptr) function->get_executor();
   }
+  if (options.stacked) {
+    decoder_ = Decoder::stack(script_->module, manifest_, device_, dtype_, not_stacked_);
+  } else {
+    not_stacked_ = "it was not asked for";
+  }
   for (at::Tensor parameter : script_->module.parameters()) {
     if (parameter.is_floating_point() && parameter.scalar_type() != dtype_) parameter.set_data(parameter.to(dtype_));
     weight_bytes_ += static_cast<int64_t>(parameter.nbytes());
   }
+  if (!device_.is_cpu()) script_->module.to(device_);
 }
 
 Model::~Model() = default;
@@ -87,16 +94,25 @@ int64_t Model::cache_bytes_per_position() const {
 
 at::Tensor Model::encode_voice(const Voice& voice, float emotion) {
   const auto speaker = at::tensor(at::ArrayRef<float>(voice.speaker_emb)).unsqueeze(0).to(device_);
-  const auto prompt = at::tensor(at::ArrayRef<int64_t>(voice.prompt_tokens), at::kLong).unsqueeze(0).to(device_);
+  const auto prompt = upload(voice.prompt_tokens, device_).unsqueeze(0);
   return script_->call(0, speaker, prompt, static_cast<double>(emotion)).toTensor();
 }
 
 at::Tensor Model::embed_prompt(const at::Tensor& cond, const std::vector<int64_t>& text_tokens, bool drop_text) {
-  const auto text = at::tensor(at::ArrayRef<int64_t>(text_tokens), at::kLong).to(device_);
+  const auto text = upload(text_tokens, device_);
   return script_->call(1, cond, text, drop_text).toTensor();
 }
 
 std::pair<at::Tensor, at::Tensor> Model::new_cache(int64_t rows, int64_t capacity) {
+  if (decoder_ != nullptr) {
+    const auto& m = manifest_.model;
+    const auto one = [&] {
+      return at::zeros({m.num_layers, rows, m.num_kv_heads, capacity, m.head_dim},
+                       at::TensorOptions().dtype(dtype_).device(device_))
+          .transpose(2, 3);
+    };
+    return {one(), one()};
+  }
   const auto caches = script_->call(2, rows, capacity).toTuple();
   return {caches->elements()[0].toTensor(), caches->elements()[1].toTensor()};
 }

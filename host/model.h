@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "host/decoder.h"
 #include "host/manifest.h"
 #include "host/voice.h"
 
@@ -21,6 +22,7 @@ struct ModelOptions {
   std::string device = "auto";
   std::string dtype = "auto";  // "auto": as exported
   bool verify = true;          // recompute the archive's digest first
+  bool stacked = false;        // stack the layers' weights for decode_step, where the module is built as ours is
 };
 
 /// Methods may be called from one thread at a time, in inference mode. Row and shape names are those of the module
@@ -45,7 +47,12 @@ class Model {
   at::Tensor encode_voice(const Voice& voice, float emotion);
   /// (length + text + 2, hidden); drop_text: the row without a text, its positions only.
   at::Tensor embed_prompt(const at::Tensor& cond, const std::vector<int64_t>& text_tokens, bool drop_text);
-  /// Keys and values, each (layers, rows, capacity, heads_kv, head_dim), zero.
+  /// The stacked decoder; null where it was not asked for, and where the module is built otherwise (`not_stacked` says how).
+  const Decoder* decoder() const { return decoder_.get(); }
+  const std::string& not_stacked() const { return not_stacked_; }
+
+  /// Keys and values, each (layers, rows, capacity, heads_kv, head_dim), zero. With a stacked decoder a head's keys lie side
+  /// by side.
   std::pair<at::Tensor, at::Tensor> new_cache(int64_t rows, int64_t capacity);
   /// Appends x (tokens, hidden) to the cache; (tokens, hidden) after the final norm.
   at::Tensor forward(const at::Tensor& x, const at::Tensor& k_cache, const at::Tensor& v_cache,
@@ -65,6 +72,8 @@ class Model {
   at::ScalarType dtype_ = at::kFloat;
   int64_t weight_bytes_ = 0;
   std::unique_ptr<Script> script_;
+  std::unique_ptr<Decoder> decoder_;
+  std::string not_stacked_;
 };
 
 /// The line of an exception that a user should see: operator errors without TorchScript's or C++'s tracebacks.

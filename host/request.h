@@ -27,6 +27,7 @@ struct SamplingOptions {
   float top_p = 1.0f;               // in (0, 1]
   int64_t seed = 0;
   Rng rng = Rng::kPhilox;
+  std::string generator_state;  // of Rng::kTorch: the bytes of torch.Generator.get_state() to go on from, instead of `seed`
 };
 
 /// What a callback is told, on the engine's thread.
@@ -48,6 +49,7 @@ struct Request {
   SamplingOptions sampling;
   float exaggeration = 0.5f;
   int64_t max_new_tokens = 1000;  // 25 tokens are a second of speech
+  bool ignore_stop = false;       // the stop token ends nothing and stays in the result
   bool alignment = true;          // multilingual models: watch the alignment heads, as Chatterbox 0.1.7 does (alignment.h)
   TokenCallback on_tokens;
 };
@@ -63,6 +65,7 @@ struct Result {
   Status status = Status::kQueued;
   FinishReason finish_reason = FinishReason::kNone;
   std::string error;            // of kError
+  std::string detail;           // of kLength: what was reached, where it is not max_new_tokens
   std::vector<int64_t> tokens;  // speech tokens, without the stop token
   int64_t prompt_tokens = 0;    // positions in front of the first speech token
   double seconds = 0;           // from submission to the end

@@ -74,6 +74,17 @@ void sample_plain(const Tensor& logits, const StepState& state) {
   tokens.copy_(call_sample(logits, state));
 }
 
+void sample_step(const Tensor& logits, const StepState& s, int64_t last_position) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("vivace::sample_advance", "")
+                             .typed<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                         const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                         const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
+                                         const std::optional<Tensor>&, const std::optional<Tensor>&)>();
+  op.call(logits, s.logit_rows, s.seen, s.cfg_weight, s.temperature, s.repetition_penalty, s.min_p, s.top_p, s.top_k, s.seed,
+          s.step, s.tokens, s.positions, s.seqlens, s.advance, last_position, s.history, s.turn);
+}
+
 void sample_any(Tensor logits, const StepState& state, const Tensor& logit_rows, std::span<const JobPtr> jobs,
                 const std::optional<Tensor>& probes, const Manifest& manifest) {
   StepState s = state;

@@ -16,6 +16,10 @@ namespace vivace {
 /// logits (rows, vocab) fp32; `state` is that of the requests sampled.
 void sample_plain(const at::Tensor& logits, const StepState& state);
 
+/// The same and `advance` in one kernel (vivace::sample_advance), for a step of the batch: its rows are those of logits.
+/// The tokens also go to state.history.
+void sample_step(const at::Tensor& logits, const StepState& state, int64_t last_position);
+
 /// The same for requests of every kind; synchronises where an alignment analyzer or a torch generator is involved.
 /// logits may be edited. logit_rows: (requests, 2) int32 on the host, the same as state.logit_rows.
 /// probes (heads, rows, frames, capacity) fp32, when a request has an analyzer.

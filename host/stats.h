@@ -17,10 +17,15 @@ struct Stats {
   int64_t generated_tokens = 0;                                    // delivered
   int64_t decode_steps = 0, decode_rows = 0;                       // rows over all steps: rows / steps is the mean batch
   int64_t graph_replays = 0, graph_captures = 0, eager_steps = 0;  // decode steps by how they ran
-  double prefill_seconds = 0, decode_seconds = 0;                  // host's clock; on CUDA issue and wait, not kernels
+  int64_t fused_steps = 0;                         // of them, through vivace::decode_step; the others went layer by layer
+  std::string not_fused;                           // why none can; empty where some can
+  double prefill_seconds = 0, decode_seconds = 0;  // host's clock; on CUDA issue and wait, not kernels
 
-  int64_t weight_bytes = 0, cache_bytes = 0;
-  int64_t peak_memory_bytes = 0;  // CUDA: torch's peak on the device; CPU: the process' peak resident size
+  double load_seconds = 0, warm_up_seconds = 0;  // before the first request: weights; kernels and graphs
+
+  int64_t weight_bytes = 0, cache_bytes = 0, workspace_bytes = 0;
+  int64_t peak_memory_bytes = 0;    // CUDA: torch's peak on the device; CPU: the process' peak resident size
+  int64_t device_memory_bytes = 0;  // CUDA: in use on the whole device now, other processes included
 
   double tokens_per_second() const {
     return decode_seconds > 0 ? static_cast<double>(generated_tokens) / decode_seconds : 0;

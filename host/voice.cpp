@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "host/error.h"
 
@@ -74,6 +75,23 @@ Voice load_voice(const Safetensors& file, const Manifest& manifest) {
     voice.emotion = values[0];
   }
   return voice;
+}
+
+Voice make_voice(std::vector<float> speaker_emb, std::vector<int64_t> prompt_tokens, const Manifest& manifest) {
+  const char* op = "make_voice";
+  const int64_t width = manifest.conditioning.speaker_embed_size;
+  check(static_cast<int64_t>(speaker_emb.size()) == width, op, "speaker_emb has ", speaker_emb.size(),
+        " numbers, the model expects ", width);
+  for (size_t i = 0; i < speaker_emb.size(); ++i) {
+    check(std::isfinite(speaker_emb[i]), op, "speaker_emb[", i, "] is ", speaker_emb[i], ", expected a finite number");
+  }
+  check(!prompt_tokens.empty() && static_cast<int64_t>(prompt_tokens.size()) <= manifest.speech.max_tokens, op,
+        "prompt_tokens has ", prompt_tokens.size(), " tokens, expected 1 to ", manifest.speech.max_tokens);
+  for (size_t i = 0; i < prompt_tokens.size(); ++i) {
+    check(prompt_tokens[i] >= 0 && prompt_tokens[i] < manifest.speech.vocab_size, op, "prompt_tokens[", i, "] is ",
+          prompt_tokens[i], ", expected 0 to ", manifest.speech.vocab_size - 1);
+  }
+  return {std::move(speaker_emb), std::move(prompt_tokens), std::nullopt};
 }
 
 }  // namespace vivace

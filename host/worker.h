@@ -60,8 +60,15 @@ struct Engine::Worker {
   std::unique_ptr<Model> model;
   std::unique_ptr<KvCache> cache;
   std::unique_ptr<Batch> batch;
-  std::unique_ptr<StepGraphs> graphs;  // null: every step eager
-  std::vector<JobPtr> admitted;        // waiting for their prefill
+  std::unique_ptr<StepGraphs> graphs;         // null: every step eager
+  std::unique_ptr<StepGraphs> prompt_graphs;  // prefills of one request, by rows and padded length; null: all eager
+  at::Tensor prompt_x;                        // (2 * longest, hidden): the prompts one after the other
+  at::Tensor prompt_layout;                   // (7) int32: cu_seqlens (3), cache rows (2), zeros (2)
+  at::Tensor workspace;                       // of decode_step, uint8
+  int64_t fused_rows = 0;                     // rows of a step up to which decode_step takes it; 0: never
+  int64_t fused_probe_rows = 0;               // likewise with probes
+  StepFamily family = StepFamily::kAuto;
+  std::vector<JobPtr> admitted;  // waiting for their prefill
   std::deque<Pending> pending;
   at::Tensor probes;  // (alignment heads, rows, 1, capacity) fp32 of decode steps; undefined without alignment heads
   struct VoiceEmbedding {
@@ -74,11 +81,20 @@ struct Engine::Worker {
   /// The thread: loads, answers `ready`, steps until the engine stops.
   void main(std::promise<void>& ready);
   void load();
+  void load_cache();
+  void warm_up();
   bool wait_for_work();
   void step();
   void admit();
+  void warm_up_prompts(int64_t rows, int64_t length);
   void prefill();
+  at::Tensor run_prompts(const std::vector<at::Tensor>& prompts, const std::vector<int32_t>& cu_seqlens,
+                         const std::vector<int32_t>& cache_rows, int64_t max_seqlen,
+                         const std::optional<at::Tensor>& frames);
+  at::Tensor prompt_step(int64_t rows, int64_t length);
   void decode();
+  StepShape padded_shape(int64_t requests, int64_t rows, bool plain, bool aligned) const;
+  at::Tensor run_step(const StepShape& shape);  // device work only: can be captured
   void deliver();
   void deliver_one();
   void retire();

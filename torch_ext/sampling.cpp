@@ -1,4 +1,4 @@
-// sample and sampling_probs.
+// sample, sampling_probs and sample_advance.
 #include "csrc/sampling.h"
 
 #include "torch_ext/tensors.h"
@@ -35,6 +35,28 @@ Tensor sample(const Tensor& logits, const Tensor& rows, const Tensor& seen, cons
   return tokens;
 }
 
+void sample_advance(const Tensor& logits, const Tensor& rows, const Tensor& seen, const Tensor& cfg_weight,
+                    const Tensor& temperature, const Tensor& repetition_penalty, const Tensor& min_p, const Tensor& top_p,
+                    const Tensor& top_k, const Tensor& seed, const Tensor& step, const Tensor& tokens,
+                    const Tensor& positions, const Tensor& cache_seqlens, const Tensor& advance, int64_t last_position,
+                    const OptionalTensor& history, const OptionalTensor& turn) {
+  const char* op = "sample_advance";
+  SampleArgs a = arguments(logits, rows, cfg_weight, temperature, repetition_penalty, min_p, top_p, top_k);
+  a.seen = mutable_view(seen, "seen");
+  a.seed = view(seed, "seed");
+  a.step = mutable_view(step, "step");
+  a.tokens = mutable_view(tokens, "tokens");
+  a.positions = mutable_view(positions, "positions");
+  a.cache_seqlens = mutable_view(cache_seqlens, "cache_seqlens");
+  a.advance = view(advance, "advance");
+  a.last_position = last_position;
+  a.history = mutable_view(history, "history");
+  a.turn = mutable_view(turn, "turn");
+  const SampleParams p = check_sample(op, a);
+  const DeviceScope scope(a.logits);
+  run_sample(op, p, a.logits.device, a.logits.device_index, scope.stream());
+}
+
 Tensor sampling_probs(const Tensor& logits, const Tensor& rows, const Tensor& seen, const Tensor& cfg_weight,
                       const Tensor& temperature, const Tensor& repetition_penalty, const Tensor& min_p, const Tensor& top_p,
                       const Tensor& top_k) {
@@ -51,6 +73,7 @@ Tensor sampling_probs(const Tensor& logits, const Tensor& rows, const Tensor& se
 void register_impls(torch::stable::detail::StableLibrary& m) {
   m.impl("sample", TORCH_BOX(&sample));
   m.impl("sampling_probs", TORCH_BOX(&sampling_probs));
+  m.impl("sample_advance", TORCH_BOX(&sample_advance));
 }
 
 }  // namespace
@@ -62,6 +85,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vivace, m) {
   m.def(
       "sampling_probs(Tensor logits, Tensor rows, Tensor seen, Tensor cfg_weight, Tensor temperature, "
       "Tensor repetition_penalty, Tensor min_p, Tensor top_p, Tensor top_k) -> Tensor");
+  m.def(
+      "sample_advance(Tensor logits, Tensor rows, Tensor(a!) seen, Tensor cfg_weight, Tensor temperature, "
+      "Tensor repetition_penalty, Tensor min_p, Tensor top_p, Tensor top_k, Tensor seed, Tensor(b!) step, "
+      "Tensor(c!) tokens, Tensor(d!) positions, Tensor(e!) cache_seqlens, Tensor advance, int last_position, "
+      "Tensor(f!)? history=None, Tensor(g!)? turn=None) -> ()");
 }
 
 VIVACE_REGISTER_IMPLS(register_impls)

@@ -67,6 +67,11 @@ struct TypedKernels {
   /// heads vectors of one token; cos and sin are its table rows in fp32, rotary_dim / 2 each
   void (*rotary)(const void* x, int64_t x_stride, void* out, int64_t out_stride, int64_t heads, int64_t head_dim,
                  int64_t rotary_dim, const float* cos, const float* sin, bool interleaved);
+  /// out (rows, outputs) = x (rows, depth) @ weight (outputs, depth)^T; linear_float: out is fp32 whatever the dtype is
+  void (*linear)(const void* x, int64_t x_stride, const void* weight, void* out, int64_t out_stride, int64_t rows,
+                 int64_t outputs, int64_t depth);
+  void (*linear_float)(const void* x, int64_t x_stride, const void* weight, void* out, int64_t out_stride, int64_t rows,
+                       int64_t outputs, int64_t depth);
 };
 
 struct Kernels {

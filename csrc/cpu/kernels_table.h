@@ -4,6 +4,7 @@
 #include "csrc/cpu/attention_chunk_kernel.h"
 #include "csrc/cpu/elementwise_kernel.h"
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/linear_kernel.h"
 
 namespace vivace::cpu {
 
@@ -12,7 +13,8 @@ namespace {
 template <typename T>
 constexpr TypedKernels typed_kernels() {
   return {attention_block<T>, attention_chunk<T>, attention_backward_head<T>,
-          rms_norm_row<T>,    silu_gate_row<T>,   rotary_token<T>};
+          rms_norm_row<T>,    silu_gate_row<T>,   rotary_token<T>,
+          linear<T, T>,       linear<T, float>};
 }
 }  // namespace
 }  // namespace VIVACE_ISA

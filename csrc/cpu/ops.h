@@ -9,6 +9,7 @@
 #include "kernels/norm/rms_norm.h"
 #include "kernels/rotary/rotary.h"
 #include "kernels/sampling/sample.h"
+#include "kernels/step/step.h"
 
 namespace vivace::cpu {
 
@@ -20,5 +21,6 @@ void rms_norm(const RmsNormParams& params);
 void rotary(const RotaryParams& params);
 void silu_gate(const SiluGateParams& params);
 void sample(const SampleParams& params);
+void decode_step(const StepParams& params);
 
 }  // namespace vivace::cpu

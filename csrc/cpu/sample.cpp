@@ -57,6 +57,7 @@ class Sampler {
 
   void run(int64_t r) {
     const Request request = request_of(p_, r);
+    if (p_.next_step != nullptr && request.cond < 0) return;  // padding
     guide_and_penalise(request, p_.seen + r * p_.seen_stride);
     int64_t token = largest();
     if (request.temperature == 0.0f) {
@@ -77,9 +78,23 @@ class Sampler {
       p_.tokens[r] = token;
       p_.seen[r * p_.seen_stride + token] = 1;
     }
+    if (p_.next_step != nullptr) move_on(r, request, token);
   }
 
  private:
+  /// What sample_advance adds to a sample.
+  void move_on(int64_t r, const Request& request, int64_t token) {
+    const int64_t advance = p_.advance[r];
+    if (p_.history != nullptr) {
+      const auto turn = static_cast<uint64_t>(p_.turn[r]++);
+      p_.history[static_cast<int64_t>(turn % static_cast<uint64_t>(p_.history_slots)) * p_.history_stride + r] = token;
+    }
+    p_.next_step[r * p_.step_stride] += advance;
+    p_.positions[r] = std::min(p_.positions[r] + advance, p_.last_position);
+    p_.cache_seqlens[request.cond] += static_cast<int32_t>(advance);
+    if (request.uncond >= 0) p_.cache_seqlens[request.uncond] += static_cast<int32_t>(advance);
+  }
+
   void guide_and_penalise(const Request& request, const uint8_t* seen) {
     load_logits(p_, request.cond, logits_.data());
     if (request.uncond >= 0) {
@@ -170,10 +185,11 @@ class Sampler {
 }  // namespace
 
 void sample(const SampleParams& p) {
-  const char* op = p.tokens != nullptr ? "sample" : "sampling_probs";
+  const char* op = p.next_step != nullptr ? "sample_advance" : p.tokens != nullptr ? "sample" : "sampling_probs";
   check(p.vocab > 0 || p.requests == 0, op, "logits has an empty vocabulary");
   for (int64_t r = 0; r < p.requests; ++r) {
     const Request request = request_of(p, r);
+    if (p.next_step != nullptr && request.cond < 0) continue;
     check(request.cond >= 0 && request.cond < p.logit_rows && request.uncond < p.logit_rows, op, "rows[", r, "] is (",
           request.cond, ", ", request.uncond, "), logits has ", p.logit_rows, " rows");
   }

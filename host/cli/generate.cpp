@@ -26,7 +26,8 @@ struct Options {
   std::string model, tokenizer, voice, text, file, text_tokens, output;
   bool lines = false, json = false, quiet = false, no_verify = false, no_alignment = false;
   std::string device = "auto", dtype = "auto", rng = "philox";
-  int64_t seed = 0, max_tokens = 1000, batch = 8;
+  bool ignore_stop = false, deterministic = false;
+  int64_t seed = 0, max_tokens = 1000, batch = 8, warm_up = 0, repeat = 1;
   int threads = 0;
   // Without a value here the model's manifest gives it.
   std::optional<float> temperature, top_p, min_p, repetition_penalty, cfg_weight, exaggeration;
@@ -103,6 +104,7 @@ Request make_request(const Line& line, const Options& options, const Manifest& m
   request.voice = std::move(voice);
   request.max_new_tokens = options.max_tokens;
   request.alignment = !options.no_alignment;
+  request.ignore_stop = options.ignore_stop;
   const auto& defaults = manifest.defaults;
   const auto value = [](const std::optional<float>& given, double fallback) {
     return given.value_or(static_cast<float>(fallback));
@@ -127,6 +129,40 @@ void write(const std::string& path, const std::string& text) {
   if (!out) throw FileError(path, "cannot be written");
 }
 
+/// One run of all requests: results in their order.
+std::vector<Result> run(Engine& engine, const std::vector<Request>& requests, ProgressBar& bar) {
+  std::vector<uint64_t> ids;
+  for (const Request& request : requests) ids.push_back(engine.submit(request));
+  std::vector<Result> results;
+  for (const uint64_t id : ids) {
+    Result result = engine.wait(id, 0.05);
+    while (result.status != Status::kFinished) {
+      if (InterruptScope::interrupted()) {
+        for (const uint64_t other : ids) engine.cancel(other);
+      }
+      result = engine.wait(id, 0.05);
+    }
+    bar.finish_request();
+    results.push_back(std::move(result));
+  }
+  return results;
+}
+
+/// The first requests, as many as run at once, for a few tokens whose results nobody wants.
+void warm_up(Engine& engine, std::vector<Request> requests, int64_t batch, int64_t tokens) {
+  requests.resize(static_cast<size_t>(std::min<int64_t>(batch, static_cast<int64_t>(requests.size()))));
+  std::vector<uint64_t> ids;
+  for (Request& request : requests) {
+    request.max_new_tokens = std::min(tokens, request.max_new_tokens);
+    request.on_tokens = nullptr;
+    ids.push_back(engine.submit(request));
+  }
+  for (const uint64_t id : ids) {
+    const Result result = engine.wait(id);
+    if (result.finish_reason == FinishReason::kError) throw Error(result.error);
+  }
+}
+
 int generate(const Options& options) {
   const auto seconds_since = [](std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -137,7 +173,7 @@ int generate(const Options& options) {
   tokenize(lines, options, manifest);
   const auto voice = std::make_shared<const Voice>(load_voice(options.voice, manifest));
   const int64_t count = static_cast<int64_t>(lines.size());
-  ProgressBar bar(count, count * options.max_tokens, !options.quiet);
+  ProgressBar bar(count * options.repeat, count * options.max_tokens * options.repeat, !options.quiet);
   std::vector<Request> requests;
   EngineOptions engine_options;
   engine_options.capacity = 0;
@@ -157,32 +193,34 @@ int generate(const Options& options) {
   engine_options.max_requests = std::min(options.batch, count);
   engine_options.max_rows = engine_options.max_requests * (requests.front().sampling.cfg_weight > 0 ? 2 : 1);
   engine_options.max_queue = count;
+  engine_options.deterministic = options.deterministic;
+  engine_options.small_stack = true;
   engine_options.verify = !options.no_verify;
 
   const InterruptScope interrupt;
   const auto loading = std::chrono::steady_clock::now();
   Engine engine(engine_options);
   const double load_seconds = seconds_since(loading);
-  spdlog::debug("model loaded in {:.2f} s", load_seconds);
-  const auto start = std::chrono::steady_clock::now();
-  std::vector<uint64_t> ids;
-  for (const Request& request : requests) ids.push_back(engine.submit(request));
-  std::vector<Result> results;
-  for (const uint64_t id : ids) {
-    Result result = engine.wait(id, 0.05);
-    while (result.status != Status::kFinished) {
-      if (InterruptScope::interrupted()) {
-        for (const uint64_t other : ids) engine.cancel(other);
-      }
-      result = engine.wait(id, 0.05);
-    }
-    bar.finish_request();
-    results.push_back(std::move(result));
+  const Stats loaded = engine.stats();
+  spdlog::debug("model loaded in {:.2f} s: weights {:.2f} s, kernels and graphs {:.2f} s", load_seconds, loaded.load_seconds,
+                loaded.warm_up_seconds);
+  if (!loaded.not_fused.empty() && loaded.device != "cpu") {
+    spdlog::warn("decode steps go layer by layer: {}", loaded.not_fused);
   }
-  const double seconds = seconds_since(start);
+  if (options.warm_up > 0) warm_up(engine, requests, engine_options.max_requests, options.warm_up);
+  const Stats before = engine.stats();
+  std::vector<Result> results;
+  nlohmann::ordered_json runs = nlohmann::ordered_json::array();
+  double seconds = 0;
+  for (int64_t i = 0; i < options.repeat && (i == 0 || !InterruptScope::interrupted()); ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    results = run(engine, requests, bar);
+    seconds = seconds_since(start);
+    runs.push_back(run_json(results, seconds));
+  }
   bar.clear();
 
-  const Stats stats = engine.stats();
+  const Stats stats = since(engine.stats(), before);
   nlohmann::ordered_json outputs = nlohmann::ordered_json::array();
   for (size_t i = 0; i < results.size(); ++i) {
     outputs.push_back(to_json(results[i], options.model, lines[i].text, lines[i].tokens, requests[i]));
@@ -192,7 +230,8 @@ int generate(const Options& options) {
   if (options.json) {
     nlohmann::ordered_json stats_json = to_json(stats);
     stats_json["load_seconds"] = load_seconds;
-    fmt::print("{}\n", nlohmann::ordered_json{{"results", outputs}, {"seconds", seconds}, {"stats", stats_json}}.dump());
+    const nlohmann::ordered_json json = {{"results", outputs}, {"seconds", seconds}, {"runs", runs}, {"stats", stats_json}};
+    fmt::print("{}\n", json.dump());
   } else if (options.output.empty() || options.output == "-") {
     fmt::print("{}\n", tokens_json.dump());
   }
@@ -248,6 +287,8 @@ std::function<int()> add_generate(CLI::App& app) {
   command->add_option("--max-tokens", o->max_tokens, "speech tokens at most; 25 are a second")
       ->envname("VIVACE_MAX_TOKENS")
       ->capture_default_str();
+  command->add_flag("--ignore-stop", o->ignore_stop, "go on past the stop token, to --max-tokens")
+      ->envname("VIVACE_IGNORE_STOP");
   command->add_flag("--no-alignment", o->no_alignment, "multilingual: do not watch the alignment heads")
       ->envname("VIVACE_NO_ALIGNMENT");
 
@@ -264,6 +305,16 @@ std::function<int()> add_generate(CLI::App& app) {
   command->add_option("--threads", o->threads, "CPU threads; 0: all cores")
       ->check(CLI::Range(0, 4096))
       ->envname("VIVACE_THREADS")
+      ->capture_default_str();
+  command->add_flag("--deterministic", o->deterministic, "a text's tokens do not depend on the texts beside it, bit for bit")
+      ->envname("VIVACE_DETERMINISTIC");
+  command->add_option("--warmup", o->warm_up, "generate so many tokens first, which count for nothing")
+      ->check(CLI::Range(0, 1 << 20))
+      ->envname("VIVACE_WARMUP")
+      ->capture_default_str();
+  command->add_option("--repeat", o->repeat, "run everything so many times with one engine; the results are the last run's")
+      ->check(CLI::Range(1, 1 << 20))
+      ->envname("VIVACE_REPEAT")
       ->capture_default_str();
   command->add_flag("--no-verify", o->no_verify, "do not recompute the model's digest")->envname("VIVACE_NO_VERIFY");
 

@@ -102,6 +102,7 @@ nlohmann::ordered_json to_json(const Result& result, const std::string& model, c
                                    {"exaggeration", number(request.exaggeration)},
                                    {"max_tokens", request.max_new_tokens},
                                    {"rng", s.rng == Rng::kPhilox ? "philox" : "torch"}}}};
+  if (!result.detail.empty()) json["detail"] = result.detail;
   if (!result.error.empty()) json["error"] = result.error;
   return json;
 }
@@ -116,11 +117,39 @@ nlohmann::ordered_json to_json(const Stats& s) {
           {"graph_replays", s.graph_replays},
           {"graph_captures", s.graph_captures},
           {"eager_steps", s.eager_steps},
+          {"fused_steps", s.fused_steps},
+          {"not_fused", s.not_fused},
           {"prefill_seconds", s.prefill_seconds},
           {"decode_seconds", s.decode_seconds},
+          {"load_seconds", s.load_seconds},
+          {"warm_up_seconds", s.warm_up_seconds},
           {"weight_bytes", s.weight_bytes},
           {"cache_bytes", s.cache_bytes},
-          {"peak_memory_bytes", s.peak_memory_bytes}};
+          {"workspace_bytes", s.workspace_bytes},
+          {"peak_memory_bytes", s.peak_memory_bytes},
+          {"device_memory_bytes", s.device_memory_bytes}};
+}
+
+nlohmann::ordered_json run_json(const std::vector<Result>& results, double seconds) {
+  nlohmann::ordered_json first = nlohmann::ordered_json::array();
+  int64_t tokens = 0;
+  for (const Result& result : results) {
+    first.push_back(result.time_to_first_token);
+    tokens += static_cast<int64_t>(result.tokens.size());
+  }
+  return {{"seconds", seconds}, {"time_to_first_token", first}, {"tokens", tokens}};
+}
+
+Stats since(const Stats& now, const Stats& start) {
+  Stats s = now;
+  for (int64_t Stats::*count : {&Stats::submitted, &Stats::finished, &Stats::cancelled, &Stats::failed,
+                                &Stats::prompt_tokens, &Stats::generated_tokens, &Stats::decode_steps, &Stats::decode_rows,
+                                &Stats::graph_replays, &Stats::eager_steps, &Stats::fused_steps}) {
+    s.*count -= start.*count;
+  }
+  s.prefill_seconds -= start.prefill_seconds;
+  s.decode_seconds -= start.decode_seconds;
+  return s;
 }
 
 std::string summary(const std::vector<Result>& results, const Stats& stats, double seconds) {
@@ -142,11 +171,17 @@ std::string summary(const std::vector<Result>& results, const Stats& stats, doub
   text += fmt::format("\n{} tokens/s, {:.2f}x real time, first token after {:.0f} ms",
                       rate < 100 ? fmt::format("{:.1f}", rate) : with_commas(static_cast<int64_t>(rate + 0.5)), rate / 25,
                       first * 1e3);
+  text += fmt::format("\nloaded in {:.2f} s", stats.load_seconds + stats.warm_up_seconds);
+  if (stats.warm_up_seconds > 0.005) text += fmt::format(", of which {:.2f} s kernels and graphs", stats.warm_up_seconds);
   text += fmt::format("\nmemory {} at its peak (weights {}, KV cache {}); {} {}", bytes_text(stats.peak_memory_bytes),
                       bytes_text(stats.weight_bytes), bytes_text(stats.cache_bytes), stats.device, stats.dtype);
+  if (stats.device != "cpu") {
+    text += stats.fused_steps > 0
+                ? fmt::format("; {} of {} steps fused", with_commas(stats.fused_steps), with_commas(stats.decode_steps))
+                : fmt::format("; steps layer by layer: {}", stats.not_fused);
+  }
   if (stats.graph_replays > 0) {
-    text += fmt::format("; {} of {} steps replayed CUDA graphs", with_commas(stats.graph_replays),
-                        with_commas(stats.decode_steps));
+    text += fmt::format("; {} replayed CUDA graphs", with_commas(stats.graph_replays));
   }
   return text;
 }

@@ -37,6 +37,11 @@ nlohmann::ordered_json to_json(const Result& result, const std::string& model, c
                                const std::vector<int64_t>& text_tokens, const Request& request);
 nlohmann::ordered_json to_json(const Stats& stats);
 
+/// One run of --repeat.
+nlohmann::ordered_json run_json(const std::vector<Result>& results, double seconds);
+/// What was counted after `start`; bytes and captured graphs are all there are.
+Stats since(const Stats& now, const Stats& start);
+
 /// The lines at the end: tokens, rate, time to first token, memory.
 std::string summary(const std::vector<Result>& results, const Stats& stats, double seconds);
 

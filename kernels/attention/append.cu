@@ -5,6 +5,8 @@
 #include "kernels/attention/launch.h"
 #include "kernels/attention/sequence.cuh"
 #include "kernels/attention/workspace.h"
+#include "kernels/common/dependent_launch.h"
+#include "kernels/common/ptx.cuh"
 #include "kernels/rotary/rotate.cuh"
 
 namespace vivace {
@@ -23,6 +25,8 @@ __global__ void __launch_bounds__(kThreads)
     append_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ RotaryTables tables,
                   const __grid_constant__ AppendItems items, const __grid_constant__ FastDivmod page_size, T* q_rotated,
                   int parts) {
+  ptx::grid_dependency_wait();
+  ptx::grid_dependency_launch();
   const bool rotary = tables.cos != nullptr;
   const int t = static_cast<int>(blockIdx.x) / parts;
   const int first_item = (static_cast<int>(blockIdx.x) - t * parts) * kThreads + static_cast<int>(threadIdx.x);
@@ -96,9 +100,8 @@ cudaError_t launch(const AttentionParams& p, cudaStream_t stream) {
   T* q_rotated = rotary ? reinterpret_cast<T*>(static_cast<char*>(p.workspace) + attention_workspace(p).q_rotated) : nullptr;
   if (tokens * parts > 0x7fffffff) return cudaErrorNotSupported;
   const dim3 grid(static_cast<unsigned>(tokens * parts), grid_y(p.batch));
-  append_kernel<T, kN>
-      <<<grid, kThreads, 0, stream>>>(p, tables, items, FastDivmod(p.page_size > 0 ? p.page_size : 1), q_rotated, parts);
-  return cudaGetLastError();
+  return launch_kernel(append_kernel<T, kN>, grid, kThreads, 0, stream, p.dependent, p, tables, items,
+                       FastDivmod(p.page_size > 0 ? p.page_size : 1), q_rotated, parts);
 }
 
 /// Whether every head of every tensor that is touched starts at a multiple of 16 bytes, and holds whole vectors.

@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "kernels/attention/launch.h"
+#include "kernels/common/device.h"
 
 namespace vivace {
 namespace {
@@ -35,14 +36,14 @@ cudaError_t attention_forward_sm80(const AttentionParams& params, cudaStream_t s
   if (dim > 256) return cudaErrorNotSupported;
   if (params.batch == 0 || params.heads == 0 || params.seqlen_q == 0) return cudaSuccess;
 
-  int device = 0, major = 0, minor = 0, l2_bytes = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
+  int device = 0;
+  DeviceFacts facts;
+  const cudaError_t error = device_facts(device, facts);
   if (error != cudaSuccess) return error;
-  if (major < 8) return cudaErrorNotSupported;
-  const bool small_sm = (major == 8 && minor >= 6) || major >= 12;  // as kSmallSm: binaries run within their major version
+  if (facts.capability < 80) return cudaErrorNotSupported;
+  // As kSmallSm: binaries run within their major version.
+  const bool small_sm = (facts.capability > 80 && facts.capability < 90) || facts.capability >= 120;
+  const int64_t l2_bytes = facts.l2_bytes;
 
   sm80::ForwardArgs args{};
   args.params = params;

@@ -2,8 +2,8 @@
 //
 // A block takes kM queries of one head and walks over its keys in tiles of kN, S = Q K^T, online softmax, O += P V, with S,
 // P and O in registers. Each warp owns kM / kWarps query rows, so that softmax needs no other warp. K and V tiles arrive by
-// cp.async in kStages buffers each, in the order K(n), V(n), K(n + 1), ...; V(n) is under way during Q K(n), K(n + 1) during
-// P V(n).
+// cp.async: with one buffer each, V(n) is under way during Q K(n) and K(n + 1) during P V(n); with two, K(n + 1) and
+// V(n + 1) during the whole of block n.
 //
 //   head_dim |  kM x  kN  warps stages  shared  | why
 //         64 | 128 x  64    4     2     48 KiB  | 32 rows a warp: one ldmatrix of K or V feeds twice the mma; Q in registers
@@ -209,16 +209,13 @@ __global__ void __launch_bounds__(ForwardTile<kDim, kSmallSm>::kThreads, Forward
   if (!blocks.empty()) {
     load.template operator()<kM>(q_tile, q_rows, row0, 0, seq.queries, head_dim);
     ptx::cp_async_commit();
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      load_k(blocks.begin + i);
-      if (i < kStages - 1) load_v(blocks.begin + i);
-    }
+    load_k(blocks.begin);
+    if constexpr (kStages == 2) load_v(blocks.begin);
   }
   constexpr int kHeld = Config::kHoldQ ? kDim / 16 : 1;
   uint32_t held[kFragsM][kHeld][4];
   if constexpr (Config::kHoldQ) {
-    ptx::cp_async_wait<2 * kStages - 1>();  // all but the groups of K and V: Q is here
+    ptx::cp_async_wait<kStages>();  // all but the groups of K and V: Q is here
     __syncthreads();
 #pragma unroll
     for (int m = 0; m < kFragsM; ++m) {
@@ -231,9 +228,16 @@ __global__ void __launch_bounds__(ForwardTile<kDim, kSmallSm>::kThreads, Forward
 
 #pragma unroll 1
   for (int n = blocks.begin; n < blocks.end; ++n) {
-    ptx::cp_async_wait<2 * (kStages - 1)>();  // K(n) is here, and V(n - 1) has been used by every warp
-    __syncthreads();
-    load_v(n + kStages - 1);
+    if constexpr (kStages == 2) {
+      ptx::cp_async_wait<0>();  // K(n) and V(n) are here, and the stage of n - 1 has been used by every warp
+      __syncthreads();
+      load_k(n + 1);
+      load_v(n + 1);
+    } else {
+      ptx::cp_async_wait<0>();  // K(n) is here, and V(n - 1) has been used by every warp
+      __syncthreads();
+      load_v(n);
+    }
 
     float s[kFragsM][kFragsN][4];  // S, then P: rows as o, keys n * kN + 8 * f + 2 * (lane % 4) + {0, 1}
     multiply_qk<T, kDim, kFragsM, kFragsN, Config::kHoldQ>(s, held, q_lane, k_lane + n % kStages * kTileBytes);
@@ -252,9 +256,11 @@ __global__ void __launch_bounds__(ForwardTile<kDim, kSmallSm>::kThreads, Forward
       if (kRich && dropout.on) dropout.apply(s[m], row + 16 * m, n * kN);
     }
 
-    ptx::cp_async_wait<2 * (kStages - 1)>();  // V(n) is here, and K(n) has been used by every warp
-    __syncthreads();
-    load_k(n + kStages);
+    if constexpr (kStages == 1) {
+      ptx::cp_async_wait<0>();  // V(n) is here, and K(n) has been used by every warp
+      __syncthreads();
+      load_k(n + 1);
+    }
     if (masked || (kRich && terms.bias != nullptr)) {
       settle_hidden_values<T, kDim, kThreads>(o, s, v_tile + n % kStages * kTileBytes);
     }

@@ -11,6 +11,7 @@
 #include "kernels/attention/forward_sm90.cuh"
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/softmax.cuh"
+#include "kernels/common/device.h"
 
 namespace vivace::sm90 {
 
@@ -52,19 +53,6 @@ inline bool encode_map(CUtensorMap& map, DType dtype, const void* data, const in
                         4, const_cast<void*>(data), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
                         CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-inline int multiprocessor_count() {
-  static std::atomic<int> counts[64];
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 132;
-  std::atomic<int>& count = counts[device & 63];
-  int value = count.load(std::memory_order_relaxed);
-  if (value == 0) {
-    cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device);
-    count.store(value, std::memory_order_relaxed);
-  }
-  return value;
 }
 
 inline bool is_ragged(const AttentionParams& p) {
@@ -113,10 +101,6 @@ cudaError_t launch(const AttentionParams& params, cudaStream_t stream) {
   if (packed_q) {
     args.tiles = std::min(args.tiles, static_cast<int32_t>(p.total_q / Traits::rows + p.batch) * args.heads);
   }
-  // Half of a 50 MB L2 for K and V leaves room for Q and the output.
-  const int64_t kv_bytes = std::max<int64_t>(p.seqlen_k, 1) * (p.head_dim + p.head_dim_v) * 2;
-  args.heads_in_l2 =
-      static_cast<int32_t>(std::clamp<int64_t>((int64_t{24} << 20) / kv_bytes * args.group, 1, p.batch * p.heads));
   const Window window(p);
   args.window_left = window.left;
   args.window_right = window.right;
@@ -134,34 +118,44 @@ cudaError_t launch(const AttentionParams& params, cudaStream_t stream) {
   constexpr int kSmemBytes = sizeof(ForwardSmem<Traits>);
   static_assert(kSmemBytes <= 227 * 1024);
   auto* kernel = forward_sm90_kernel<Traits>;
-  const cudaError_t configured = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
-  if (configured != cudaSuccess) return configured;
-  const int grid = std::min(args.tiles, multiprocessor_count());
+  int device;
+  DeviceFacts facts;
+  cudaError_t status = device_facts(device, facts);
+  if (status != cudaSuccess) return status;
+  static std::atomic<uint64_t> allowed;
+  status = allow_shared_memory(reinterpret_cast<const void*>(kernel), kSmemBytes, device, allowed);
+  if (status != cudaSuccess) return status;
+  const int grid = std::min(args.tiles, facts.multiprocessors);
+  if constexpr (Traits::masked && !Traits::ragged) {
+    // A third of L2 for K and V leaves room for Q, the output, and the next group.
+    const int64_t kv_bytes = std::max<int64_t>(p.seqlen_k, 1) * (p.head_dim + p.head_dim_v) * 2;
+    const int64_t pairs = p.batch * p.heads,
+                  most = std::clamp<int64_t>(facts.l2_bytes / 3 / kv_bytes * args.group, 1, pairs);
+    args.order =
+        masked_order(MaskedShape{args.row_blocks, static_cast<int>(pairs), Traits::rows, Traits::keys, args.seqlen_q,
+                                 args.seqlen_k, args.window_left, args.window_right, grid, static_cast<int>(most)});
+  }
   kernel<<<grid, Traits::threads, kSmemBytes, stream>>>(args, q_map, k_map, v_map, o_map);
   return cudaGetLastError();
 }
 
-/// rows x keys of a head dimension: see forward_sm90.cuh. kShort: 128 rows where it would be 192.
-template <typename Element, int kHeadDim, bool kMasked, bool kRagged, bool kShort>
+/// rows x keys of a head dimension: see forward_sm90.cuh.
+template <typename Element, int kHeadDim, bool kMasked, bool kRagged>
 using ForwardTraitsOf = ForwardTraits<Element, kHeadDim,
                                       kHeadDim <= 128   ? 128
                                       : kHeadDim == 192 ? 112
                                                         : 80,
-                                      kHeadDim == 64 && !kShort ? 3 : 2,
+                                      kHeadDim == 64 && !kRagged ? 3 : 2,
                                       kHeadDim != 64 ? 2
-                                      : kShort       ? 4
+                                      : kRagged      ? 4
                                                      : 3,
                                       kMasked, kRagged>;
 
 template <typename Element, int kHeadDim>
 cudaError_t launch_variant(const AttentionParams& p, cudaStream_t stream) {
-  if (is_ragged(p)) return launch<ForwardTraitsOf<Element, kHeadDim, true, true, true>>(p, stream);
-  if (!is_masked(p)) return launch<ForwardTraitsOf<Element, kHeadDim, false, false, false>>(p, stream);
-  if constexpr (kHeadDim == 64) {
-    // Up to here the rows and masked keys that larger tiles waste cost more than the third consumer brings.
-    if (p.seqlen_q <= 1024) return launch<ForwardTraitsOf<Element, kHeadDim, true, false, true>>(p, stream);
-  }
-  return launch<ForwardTraitsOf<Element, kHeadDim, true, false, false>>(p, stream);
+  if (is_ragged(p)) return launch<ForwardTraitsOf<Element, kHeadDim, true, true>>(p, stream);
+  return is_masked(p) ? launch<ForwardTraitsOf<Element, kHeadDim, true, false>>(p, stream)
+                      : launch<ForwardTraitsOf<Element, kHeadDim, false, false>>(p, stream);
 }
 
 /// Calls of at most kHeadDim columns.

@@ -21,6 +21,20 @@ __device__ __forceinline__ uint32_t not_finite<__half>(uint32_t pair) {
   return ((pair & 0x7c007c00u) + 0x04000400u) & 0x80008000u;
 }
 
+/// sum + 0 * pair, element by element: +-0 as long as all pairs are finite.
+template <typename T>
+__device__ __forceinline__ uint32_t finite_sum(uint32_t pair, uint32_t sum);
+template <>
+__device__ __forceinline__ uint32_t finite_sum<__nv_bfloat16>(uint32_t pair, uint32_t sum) {
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+  return sum;
+}
+template <>
+__device__ __forceinline__ uint32_t finite_sum<__half>(uint32_t pair, uint32_t sum) {
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(sum) : "r"(pair), "r"(0));
+  return sum;
+}
+
 /// For blocks of keys that some rows do not see. If the V tile at `tile` (kFragsN * 8 keys, swizzled, complete) has elements
 /// that are not finite, adds p * v of these to o, for rows whose p is not 0, and replaces them with zeros, so that the
 /// product that follows is exact for every row. Called by all kThreads of the block; o and p as in multiply_pv.

@@ -93,8 +93,15 @@ struct AttentionParams {
   int64_t probe_capacity = 0;
 
   // How to run; filled in by csrc
-  int64_t num_splits = 1;     // of the keys, over CTAs
-  void* workspace = nullptr;  // attention_workspace_bytes() of it: rotated q, partial outputs, partial lse
+  int64_t num_splits = 1;  // decode: parts that each row's visible keys are cut into; 0: see split_keys
+  int64_t split_keys = 0;  // decode with num_splits 0: cut every row at multiples of it, so that a row's bits do not depend
+                           // on the batch; 0: cut the whole batch into equal ranges of keys, which is fastest
+  int64_t multiprocessors = 0;  // of the device
+  int64_t arch = 0;             // decode: 90 for the Hopper kernel, else the sm80 one
+  bool dependent = false;       // decode: launch as a programmatic dependent of the kernel before (Hopper and newer)
+  bool stable_cache = false;    // decode, dependent: nothing in flight writes the index tensors, or keys before
+                                // cache_seqlens[b]: they may be read while the kernel before still runs
+  void* workspace = nullptr;    // attention_workspace() bytes: rotated q, partial results
 };
 
 }  // namespace vivace

@@ -21,6 +21,7 @@ struct Sequence {
   int64_t lse_offset, lse_head_stride;
   const int32_t* pages;  // of this entry, or null
 
+  Sequence() = default;
   __device__ __forceinline__ Sequence(const AttentionParams& p, int b) : batch(b) {
     if (p.cu_seqlens_q != nullptr) {
       const int64_t start = p.cu_seqlens_q[b];
@@ -63,7 +64,11 @@ struct Sequence {
       k_offset = p.cu_seqlens_k[b] * p.k_stride[1];
       v_offset = p.cu_seqlens_k[b] * p.v_stride[1];
     } else {
-      const int64_t row = p.cache_batch_idx != nullptr ? p.cache_batch_idx[b] : b;
+      int64_t row = p.cache_batch_idx != nullptr ? p.cache_batch_idx[b] : b;
+      if (row < 0) {  // an entry that only fills the batch: sees nothing
+        row = 0;
+        keys = key_end = 0;
+      }
       k_offset = row * p.k_stride[0];
       v_offset = row * p.v_stride[0];
     }

@@ -31,18 +31,37 @@ struct OnlineSoftmax {
     sum[0] = sum[1] = 0.0f;
   }
 
-  /// Takes in a block of scores s, which become unnormalised probabilities, and rescales the output o so far.
+  /// Takes in a block of scores s, which become unnormalised probabilities, and rescales the output o so far, where a row's
+  /// maximum grew by more than 2^8: up to there probabilities keep their relative precision. Called by whole warps.
   template <int kFragsS, int kFragsO>
   __device__ __forceinline__ void update(float (&s)[kFragsS][4], float (&o)[kFragsO][4], float scale_log2) {
+    float block_max[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float block_max = s[0][2 * r];
+      block_max[r] = s[0][2 * r];
 #pragma unroll
-      for (int f = 0; f < kFragsS; ++f) block_max = fmaxf(block_max, fmaxf(s[f][2 * r], s[f][2 * r + 1]));
-      const float old_max = max[r];
-      max[r] = fmaxf(old_max, quad_max(block_max));
-      const float offset = max[r] == -INFINITY ? 0.0f : max[r] * scale_log2;  // nothing seen yet: not -inf - -inf
-      const float rescale = ptx::exp2_approx(fmaf(old_max, scale_log2, -offset));
+      for (int f = 0; f < kFragsS; ++f) block_max[r] = fmaxf(block_max[r], fmaxf(s[f][2 * r], s[f][2 * r + 1]));
+      block_max[r] = quad_max(block_max[r]);
+    }
+    const bool grew = (block_max[0] - max[0]) * scale_log2 > 8.0f || (block_max[1] - max[1]) * scale_log2 > 8.0f;
+    if (__any_sync(0xffffffffu, grew)) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float old_max = max[r];
+        max[r] = fmaxf(old_max, block_max[r]);
+        const float offset = max[r] == -INFINITY ? 0.0f : max[r] * scale_log2;  // nothing seen yet: not -inf - -inf
+        const float rescale = ptx::exp2_approx(fmaf(old_max, scale_log2, -offset));
+        sum[r] *= rescale;
+#pragma unroll
+        for (int f = 0; f < kFragsO; ++f) {
+          o[f][2 * r] *= rescale;
+          o[f][2 * r + 1] *= rescale;
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float offset = max[r] == -INFINITY ? 0.0f : max[r] * scale_log2;
       float block_sum = 0.0f;
 #pragma unroll
       for (int f = 0; f < kFragsS; ++f) {
@@ -52,12 +71,7 @@ struct OnlineSoftmax {
           block_sum += s[f][e];
         }
       }
-      sum[r] = fmaf(sum[r], rescale, block_sum);
-#pragma unroll
-      for (int f = 0; f < kFragsO; ++f) {
-        o[f][2 * r] *= rescale;
-        o[f][2 * r + 1] *= rescale;
-      }
+      sum[r] += block_sum;
     }
   }
 

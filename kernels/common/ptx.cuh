@@ -109,6 +109,63 @@ __device__ __forceinline__ uint4 ld_shared_v4(uint32_t shared) {
   return x;
 }
 
+/// movmatrix.sync.aligned.m8n8.trans.b16: an 8x8 matrix of 16-bit elements, two neighbours of row lane / 4 a lane,
+/// transposed.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
+  return y;
+}
+
+/// 16 bytes that are written and read as one.
+struct Packet {
+  float x, y;
+  uint64_t launch;
+};
+
+/// st.relaxed.gpu.global.b128
+__device__ __forceinline__ void st_relaxed_b128(void* to, float x, float y, uint64_t launch) {
+  const uint64_t low = __float_as_uint(x) | static_cast<uint64_t>(__float_as_uint(y)) << 32;
+  asm volatile(
+      "{\n"
+      ".reg .b128 both;\n"
+      "mov.b128 both, {%1, %2};\n"
+      "st.relaxed.gpu.global.b128 [%0], both;\n"
+      "}\n" ::"l"(to),
+      "l"(low), "l"(launch)
+      : "memory");
+}
+
+/// ld.relaxed.gpu.global.b128
+__device__ __forceinline__ Packet ld_relaxed_b128(const void* from) {
+  uint64_t low, launch;
+  asm volatile(
+      "{\n"
+      ".reg .b128 both;\n"
+      "ld.relaxed.gpu.global.b128 both, [%2];\n"
+      "mov.b128 {%0, %1}, both;\n"
+      "}\n"
+      : "=l"(low), "=l"(launch)
+      : "l"(from)
+      : "memory");
+  return {__uint_as_float(static_cast<uint32_t>(low)), __uint_as_float(static_cast<uint32_t>(low >> 32)), launch};
+}
+
+/// griddepcontrol.wait: until the kernels that this one depends on have completed and their writes are visible. Does nothing
+/// in a launch without the attribute, and before sm_90.
+__device__ __forceinline__ void grid_dependency_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// griddepcontrol.launch_dependents: the kernel that depends on this one may start; it waits for this one's end itself.
+__device__ __forceinline__ void grid_dependency_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /// No instruction: x, of which the compiler knows nothing any more, so that what follows from it is computed here, not kept
 /// in registers from where it was computed before.
 template <typename T>

@@ -36,6 +36,15 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t smem_address, uint
          (uint64_t{1} << 62);
 }
 
+/// The same in two halves: the descriptors of one operand differ in the address alone, which is added to the low half in
+/// units of 16 bytes.
+__device__ __forceinline__ uint32_t wgmma_descriptor_low(const void* shared, uint32_t leading_bytes) {
+  return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) >> 4) | (leading_bytes >> 4) << 16;
+}
+__device__ __forceinline__ uint64_t wgmma_descriptor_of(uint32_t low) {
+  return static_cast<uint64_t>(low) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
+}
+
 /// The products of one shape, m64 n `kN` k16, on elements `T`; the accumulator is float[kN / 2] a thread.
 ///   ss: d = A B + (accumulate ? d : 0); A and B K-major in shared memory
 ///   rs: d = A B + (accumulate ? d : 0); A in registers, B MN-major in shared memory
@@ -100,6 +109,9 @@ struct Wgmma;
   VIVACE_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__) \
   VIVACE_WGMMA(__half, "f16", __VA_ARGS__)
 
+VIVACE_WGMMA_TYPES(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
+VIVACE_WGMMA_TYPES(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
+VIVACE_WGMMA_TYPES(48, 24, "%24", "%25", "%26", "%27", "%28", "%29")
 VIVACE_WGMMA_TYPES(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 VIVACE_WGMMA_TYPES(80, 40, "%40", "%41", "%42", "%43", "%44", "%45")
 VIVACE_WGMMA_TYPES(96, 48, "%48", "%49", "%50", "%51", "%52", "%53")

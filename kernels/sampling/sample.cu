@@ -1,11 +1,14 @@
-// One CTA a request. Nothing is sorted: top-k and top-p are thresholds, found by bisection on the bits of the values (for
-// floats of one sign the order of the bits is the order of the values), so that equal values stand or fall together. Sums
-// and extrema over the CTA are taken in a fixed order that depends on the vocabulary alone. Vocabularies up to kSharedVocab
-// lie in shared memory; larger ones are computed anew from the logits in each pass.
+// Requests without top-k and top-p go through a race alone (race.cuh). The others take one CTA each, and nothing is sorted:
+// top-k and top-p are thresholds, found by bisection on the bits of the values (for floats of one sign the order of the bits
+// is the order of the values), so that equal values stand or fall together. Sums and extrema over the CTA are taken in a
+// fixed order that depends on the vocabulary alone. Vocabularies up to kSharedVocab lie in shared memory; larger ones are
+// computed anew from the logits in each pass.
 #include <cstdint>
 
 #include "kernels/common/philox.h"
 #include "kernels/common/vector.cuh"
+#include "kernels/sampling/logits.cuh"
+#include "kernels/sampling/race.cuh"
 #include "kernels/sampling/sample_launch.h"
 
 namespace vivace {
@@ -57,12 +60,6 @@ class BlockReduce {
   int turn_ = 0;
 };
 
-/// Bits that order as the floats do, negative ones too; NaN beyond the infinities.
-__device__ __forceinline__ uint32_t ordered_bits(float x) {
-  const uint32_t bits = __float_as_uint(x + 0.0f);  // -0 is 0
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
 /// The smallest t in [low, high] for which holds(t), which once true stays true; high where none below it is.
 template <typename Holds>
 __device__ __forceinline__ uint32_t bisect(uint32_t low, uint32_t high, Holds holds) {
@@ -77,36 +74,6 @@ __device__ __forceinline__ uint32_t bisect(uint32_t low, uint32_t high, Holds ho
   return low;
 }
 
-/// The request's logits before the softmax: guidance, penalty, temperature. Rounded after each operation, as on the CPU.
-template <typename T>
-struct Logits {
-  const T* cond;
-  const T* uncond;  // or null
-  const uint8_t* seen;
-  float cfg_weight, penalty, temperature;
-
-  __device__ __forceinline__ Logits(const SampleParams& p, int64_t r) {
-    const T* logits = static_cast<const T*>(p.logits);
-    const int64_t last = p.logit_rows - 1;  // rows outside the logits cannot raise here; they must not be read either
-    const int64_t cond_row = p.rows[2 * r], uncond_row = p.rows[2 * r + 1];
-    cond = logits + (cond_row < 0 ? 0 : cond_row < last ? cond_row : last) * p.logits_stride;
-    uncond = uncond_row < 0 ? nullptr : logits + (uncond_row < last ? uncond_row : last) * p.logits_stride;
-    seen = p.seen + r * p.seen_stride;
-    cfg_weight = p.cfg_weight[r * p.cfg_weight_stride];
-    penalty = p.repetition_penalty[r * p.repetition_penalty_stride];
-    temperature = p.temperature[r * p.temperature_stride];
-  }
-
-  __device__ __forceinline__ bool greedy() const { return !(temperature > 0.0f); }
-
-  __device__ __forceinline__ float operator()(int i) const {
-    float l = to_float(cond[i]);
-    if (uncond != nullptr) l = __fadd_rn(l, __fmul_rn(cfg_weight, __fsub_rn(l, to_float(uncond[i]))));
-    if (seen[i]) l = l < 0.0f ? __fmul_rn(l, penalty) : __fdiv_rn(l, penalty);
-    return greedy() ? l : __fdiv_rn(l, temperature);
-  }
-};
-
 /// The unnormalised probability of a logit that is at least `least`; 0 for others and for NaN. 1 for the largest, even if
 /// that is infinite.
 __device__ __forceinline__ float weight_of(float logit, float largest, uint32_t least) {
@@ -115,9 +82,10 @@ __device__ __forceinline__ float weight_of(float logit, float largest, uint32_t 
 }
 
 template <typename T, bool kShared>
-__device__ __forceinline__ void sample_request(const SampleParams& p, int64_t r, float* kept, BlockReduce& reduce) {
+__device__ __forceinline__ void filter_request(const SampleParams& p, int64_t r, const DrawRequest& request, float* kept,
+                                               BlockReduce& reduce) {
   const int vocab = static_cast<int>(p.vocab), thread = static_cast<int>(threadIdx.x);
-  const Logits<T> logits(p, r);
+  const Logits<T> logits(p, r, request);
   float* probs = p.probs == nullptr ? nullptr : p.probs + r * p.vocab;
 
   // The first largest logit. Each thread meets its indices in ascending order.
@@ -132,13 +100,13 @@ __device__ __forceinline__ void sample_request(const SampleParams& p, int64_t r,
   const float largest = first.value;
   int token = first.index < vocab ? first.index : 0;  // 0: every logit is NaN
 
-  if (logits.greedy()) {
+  if (logits.greedy) {
     if (probs != nullptr) {
       for (int i = thread; i < vocab; i += kThreads) probs[i] = i == token ? 1.0f : 0.0f;
     }
   } else {
     // top-k: the largest bits that k logits reach.
-    const int top_k = p.top_k[r * p.top_k_stride];
+    const int top_k = request.top_k;
     uint32_t least = 0;
     if (top_k > 0 && top_k < vocab) {
       const uint32_t past = bisect(0, ordered_bits(largest), [&](uint32_t bits) {
@@ -161,7 +129,7 @@ __device__ __forceinline__ void sample_request(const SampleParams& p, int64_t r,
     };
 
     // min-p, in units of the largest probability, then top-p; the largest is always kept.
-    float cutoff = fminf(fmaxf(p.min_p[r * p.min_p_stride], 0.0f), 1.0f);
+    float cutoff = fminf(fmaxf(request.min_p, 0.0f), 1.0f);
     const auto mass = [&](float low, float high) {
       float sum = 0.0f;
       for (int i = thread; i < vocab; i += kThreads) {
@@ -171,7 +139,7 @@ __device__ __forceinline__ void sample_request(const SampleParams& p, int64_t r,
       return reduce.sum(sum);
     };
     float total = mass(cutoff, 1.0f);
-    const float top_p = p.top_p[r * p.top_p_stride];
+    const float top_p = request.top_p;
     if (top_p < 1.0f) {
       const float dropped = (1.0f - top_p) * total;
       const float low = cutoff;
@@ -182,8 +150,7 @@ __device__ __forceinline__ void sample_request(const SampleParams& p, int64_t r,
     }
 
     // The race. Four neighbouring entries share a draw of Philox.
-    const int64_t seed = p.seed == nullptr ? 0 : p.seed[r * p.seed_stride];
-    const int64_t step = p.step == nullptr ? 0 : p.step[r * p.step_stride];
+    const int64_t seed = request.seed, step = request.step;
     Indexed winner{INFINITY, vocab};
     for (int i0 = 4 * thread; i0 < vocab; i0 += 4 * kThreads) {
       Philox4 draw{};
@@ -207,36 +174,132 @@ __device__ __forceinline__ void sample_request(const SampleParams& p, int64_t r,
   }
 
   if (p.tokens != nullptr && thread == 0) {
-    p.tokens[r] = token;
-    p.seen[r * p.seen_stride + token] = 1;
+    RequestState state;
+    state.load(p, r, request);
+    state.finish(p, r, token);
   }
 }
 
+/// Any vocabulary, any options: a CTA a request.
 template <typename T, bool kShared>
 __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ SampleParams p) {
   extern __shared__ float kept[];  // (vocab): logits, then weights
   __shared__ Indexed slots[2][kWarps];
+  ptx::dependency_wait();
   BlockReduce reduce(slots);
   for (int64_t r = blockIdx.x; r < p.requests; r += gridDim.x) {
-    sample_request<T, kShared>(p, r, kept, reduce);
+    const DrawRequest request(p, r);
+    if (request.padding(p)) continue;
+    filter_request<T, kShared>(p, r, request, kept, reduce);
     __syncthreads();  // before `kept` takes the next request
+  }
+}
+
+/// Vocabularies up to kSharedVocab, drawing tokens: kCluster CTAs a request, of which the first does alone what is more than
+/// a race.
+template <typename T, int kCluster>
+__global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ SampleParams p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (kCluster > 1)
+    return;  // there are no clusters
+  else
+#endif
+  {
+    constexpr int kRounds = static_cast<int>((kSharedVocab + 4 * kThreads * kCluster - 1) / (4 * kThreads * kCluster));
+    using Reduce = RequestReduce<kThreads, kCluster>;
+    extern __shared__ float kept[];  // (vocab)
+    __shared__ Indexed slots[2][kWarps];
+    __shared__ typename Reduce::Slots race_slots;
+    Reduce reduce(race_slots);
+    ptx::dependency_wait();
+    const int64_t r = blockIdx.x / kCluster;
+    const DrawRequest request(p, r);
+    if (request.padding(p)) return;
+    if (!request.filtered(p.vocab)) {
+      race_request<T, kThreads, kCluster, kRounds>(p, r, request, reduce);
+    } else if (blockIdx.x % kCluster == 0) {
+      BlockReduce block_reduce(slots);
+      filter_request<T, true>(p, r, request, kept, block_reduce);
+    }
+  }
+}
+
+/// CTAs a request: what the machine has idle, up to 8.
+int cluster_of(int64_t requests, int multiprocessors) {
+  int cluster = 8;
+  while (cluster > 1 && requests * cluster > multiprocessors) cluster /= 2;
+  return cluster;
+}
+
+struct Device {
+  int capability = 0, multiprocessors = 0;
+};
+Device current_device() {
+  int device = 0, major = 0;
+  Device d;
+  if (cudaGetDevice(&device) != cudaSuccess) return d;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  d.capability = 10 * major;
+  return d;
+}
+
+template <typename Kernel>
+cudaError_t launch(Kernel kernel, unsigned grid, size_t shared, int cluster, bool dependent, const SampleParams& p,
+                   cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (dependent) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <typename T>
+cudaError_t launch_draw(const SampleParams& p, int cluster, bool dependent, cudaStream_t stream) {
+  const unsigned requests = static_cast<unsigned>(p.requests);
+  const size_t shared = static_cast<size_t>(p.vocab) * sizeof(float);
+  if constexpr (sizeof(T) < sizeof(float)) cluster = 1;  // what decode_step gives is fp32
+  switch (cluster) {
+    case 1: return launch(draw_kernel<T, 1>, requests, shared, 1, dependent, p, stream);
+    case 2: return launch(draw_kernel<float, 2>, 2 * requests, shared, 2, dependent, p, stream);
+    case 4: return launch(draw_kernel<float, 4>, 4 * requests, shared, 4, dependent, p, stream);
+    case 8: return launch(draw_kernel<float, 8>, 8 * requests, shared, 8, dependent, p, stream);
+    default: return cudaErrorInvalidValue;
   }
 }
 
 }  // namespace
 
-cudaError_t sample_cuda(const SampleParams& p, cudaStream_t stream) {
+cudaError_t sample_cuda(const SampleParams& p, cudaStream_t stream, int cluster) {
   if (p.requests == 0 || p.vocab == 0 || p.logit_rows == 0) return cudaSuccess;
   if (p.vocab > (int64_t{1} << 30)) return cudaErrorNotSupported;
-  const unsigned grid = grid_x(p.requests);
+  const Device device = current_device();
+  const bool hopper = device.capability >= 90;  // clusters and programmatic dependent launch
   return for_float_dtype(p.logits_dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (p.vocab <= kSharedVocab) {
-      sample_kernel<T, true><<<grid, kThreads, static_cast<size_t>(p.vocab) * sizeof(float), stream>>>(p);
-    } else {
-      sample_kernel<T, false><<<grid, kThreads, 0, stream>>>(p);
+    if (p.vocab <= kSharedVocab && p.tokens != nullptr && p.requests <= 65535) {
+      if (cluster == 0) cluster = hopper ? cluster_of(p.requests, device.multiprocessors) : 1;
+      return launch_draw<T>(p, cluster, hopper, stream);
     }
-    return cudaGetLastError();
+    const unsigned grid = grid_x(p.requests);
+    if (p.vocab <= kSharedVocab) {
+      return launch(sample_kernel<T, true>, grid, static_cast<size_t>(p.vocab) * sizeof(float), 1, hopper, p, stream);
+    }
+    return launch(sample_kernel<T, false>, grid, 0, 1, hopper, p, stream);
   });
 }
 

@@ -65,6 +65,7 @@ py::dict to_dict(const Result& result) {
   d["status"] = status_name(result.status);
   d["finish_reason"] = to_string(result.finish_reason);
   d["error"] = result.error;
+  d["detail"] = result.detail;
   d["tokens"] = result.tokens;
   d["prompt_tokens"] = result.prompt_tokens;
   d["seconds"] = result.seconds;
@@ -92,11 +93,17 @@ py::dict to_dict(const Stats& s) {
   d["graph_replays"] = s.graph_replays;
   d["graph_captures"] = s.graph_captures;
   d["eager_steps"] = s.eager_steps;
+  d["fused_steps"] = s.fused_steps;
+  d["not_fused"] = s.not_fused;
   d["prefill_seconds"] = s.prefill_seconds;
   d["decode_seconds"] = s.decode_seconds;
+  d["load_seconds"] = s.load_seconds;
+  d["warm_up_seconds"] = s.warm_up_seconds;
   d["weight_bytes"] = s.weight_bytes;
   d["cache_bytes"] = s.cache_bytes;
+  d["workspace_bytes"] = s.workspace_bytes;
   d["peak_memory_bytes"] = s.peak_memory_bytes;
+  d["device_memory_bytes"] = s.device_memory_bytes;
   return d;
 }
 
@@ -131,7 +138,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Engine, std::unique_ptr<Engine, EngineDeleter>>(m, "Engine")
       .def(py::init([](std::string model, std::string operators, std::string device, std::string dtype, int64_t max_requests,
-                       int64_t max_rows, int64_t capacity, int64_t max_queue, int threads, bool cuda_graphs, bool verify) {
+                       int64_t max_rows, int64_t capacity, int64_t max_queue, int threads, bool cuda_graphs,
+                       std::string fused_step, bool deterministic, bool warm_up, bool verify) {
              EngineOptions options;
              options.model = std::move(model);
              options.operators = std::move(operators);
@@ -143,13 +151,16 @@ PYBIND11_MODULE(_C, m) {
              options.max_queue = max_queue;
              options.threads = threads;
              options.cuda_graphs = cuda_graphs;
+             options.fused_step = std::move(fused_step);
+             options.deterministic = deterministic;
+             options.warm_up = warm_up;
              options.verify = verify;
              const py::gil_scoped_release release;
              return std::unique_ptr<Engine, EngineDeleter>(new Engine(options));
            }),
            py::kw_only(), py::arg("model"), py::arg("operators"), py::arg("device"), py::arg("dtype"),
            py::arg("max_requests"), py::arg("max_rows"), py::arg("capacity"), py::arg("max_queue"), py::arg("threads"),
-           py::arg("cuda_graphs"), py::arg("verify"))
+           py::arg("cuda_graphs"), py::arg("fused_step"), py::arg("deterministic"), py::arg("warm_up"), py::arg("verify"))
       .def(
           "load_voice",
           [](const Engine& engine, const std::string& path) {
@@ -157,16 +168,25 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("path"))
       .def(
+          "make_voice",
+          [](const Engine& engine, std::vector<float> speaker_emb, std::vector<int64_t> prompt_tokens) {
+            return std::make_shared<Voice>(make_voice(std::move(speaker_emb), std::move(prompt_tokens), engine.manifest()));
+          },
+          py::arg("speaker_emb"), py::arg("prompt_tokens"))
+      .def(
           "submit",
           [](Engine& engine, std::vector<int64_t> text_tokens, std::shared_ptr<Voice> voice, float temperature, float top_p,
              float min_p, int32_t top_k, float repetition_penalty, float cfg_weight, float exaggeration, int64_t seed,
-             const std::string& rng, int64_t max_new_tokens, bool alignment, py::object on_tokens) {
+             const std::string& rng, py::bytes generator_state, int64_t max_new_tokens, bool ignore_stop, bool alignment,
+             py::object on_tokens) {
             Request request;
             request.text_tokens = std::move(text_tokens);
             request.voice = std::move(voice);
-            request.sampling = {cfg_weight, repetition_penalty, temperature, top_k, min_p, top_p, seed, parse_rng(rng)};
+            request.sampling = {cfg_weight,     repetition_penalty,          temperature, top_k, min_p, top_p, seed,
+                                parse_rng(rng), std::string(generator_state)};
             request.exaggeration = exaggeration;
             request.max_new_tokens = max_new_tokens;
+            request.ignore_stop = ignore_stop;
             request.alignment = alignment;
             request.on_tokens = wrap_callback(std::move(on_tokens));
             const py::gil_scoped_release release;
@@ -174,7 +194,8 @@ PYBIND11_MODULE(_C, m) {
           },
           py::kw_only(), py::arg("text_tokens"), py::arg("voice"), py::arg("temperature"), py::arg("top_p"),
           py::arg("min_p"), py::arg("top_k"), py::arg("repetition_penalty"), py::arg("cfg_weight"), py::arg("exaggeration"),
-          py::arg("seed"), py::arg("rng"), py::arg("max_new_tokens"), py::arg("alignment"), py::arg("on_tokens"))
+          py::arg("seed"), py::arg("rng"), py::arg("generator_state"), py::arg("max_new_tokens"), py::arg("ignore_stop"),
+          py::arg("alignment"), py::arg("on_tokens"))
       .def(
           "wait",
           [](Engine& engine, uint64_t id, double timeout) {

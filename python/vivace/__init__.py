@@ -21,20 +21,39 @@ _LAZY = {
     "silu_gate": "vivace.ops",
     "sample": "vivace.ops",
     "sampling_probs": "vivace.ops",
+    "sample_advance": "vivace.ops",
+    "decode_step": "vivace.ops",
+    "decode_step_workspace": "vivace.ops",
+    "decode_step_kernel": "vivace.ops",
     "force_arch": "vivace.ops",
     "build_info": "vivace.ops",
     "attention_kernel": "vivace.ops",
     "is_available": "vivace.library",
     "unavailable_reason": "vivace.library",
+    "enable": "vivace.backend",
+    "disable": "vivace.backend",
+    "enabled": "vivace.backend",
+    "choose": "vivace.policy",
+    "install_flash_attn_shim": "vivace.flash_attn.shim",
+    "uninstall_flash_attn_shim": "vivace.flash_attn.shim",
     "generate": "vivace.engine",
     "Engine": "vivace.engine",
     "export": "vivace.t3",
+    "accelerate": "vivace.chatterbox",
+    "restore": "vivace.chatterbox",
+    "generate_batch": "vivace.chatterbox",
+    "stream_tokens": "vivace.chatterbox",
+    "doctor": "vivace.doctor",
 }
+
+_SUBMODULES = ("flash_attn", "ops", "transformers")
 
 __all__ = ["__version__", *sorted(_LAZY)]
 
 
 def __getattr__(name):
+    if name in _SUBMODULES:
+        return importlib.import_module(f"vivace.{name}")
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'vivace' has no attribute {name!r}")
@@ -44,4 +63,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_SUBMODULES})

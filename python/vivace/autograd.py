@@ -1,11 +1,29 @@
 """Gradients of the operators, by torch.library.register_autograd (torch's stable ABI has no autograd of its own).
 
-Attention runs the backward operators on the CPU. On CUDA, which has no backward kernels yet, and for what the backward
-operators do not give (gradients of bias, sinks and lse), it is recomputed in plain torch (recompute.py).
+Attention runs the backward operators on the CPU. On CUDA, which has no backward kernels of ours yet, torch's flash
+backward runs on our output and lse where it covers the call (torch_backward.py). The rest, and gradients of bias,
+sinks and lse, is recomputed in plain torch (recompute.py).
 The other operators have closed formulas. In-place operators, attention_with_kvcache and sampling have no gradient.
 """
 
+import contextlib
+import contextvars
+
 import torch
+
+from vivace import torch_backward
+
+_deterministic = contextvars.ContextVar("vivace_deterministic_backward", default=False)
+
+
+@contextlib.contextmanager
+def deterministic_backward(on: bool = True):
+    """Attention that is called inside gets a backward whose result is the same bits every time."""
+    token = _deterministic.set(on)
+    try:
+        yield
+    finally:
+        _deterministic.reset(token)
 
 
 def register() -> None:
@@ -25,6 +43,7 @@ def _attention_setup(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, *output, alibi_slopes, bias, sinks, rng_state)
     ctx.scalars = scalars  # softmax_scale, causal, window_left, window_right, softcap
     ctx.dropout_p = dropout_p
+    ctx.deterministic = _deterministic.get()
     ctx.set_materialize_grads(False)
 
 
@@ -36,7 +55,12 @@ def _attention_backward(ctx, dout, dlse):
     if dout is None and dlse is None:
         return tuple(grads)
     options = *ctx.scalars, alibi_slopes, bias, sinks, ctx.dropout_p, rng_state
-    if q.is_cuda or needs[bias_at] or needs[sinks_at] or dlse is not None:
+    _, causal, left, right, softcap = ctx.scalars[:5]
+    right_open = left >= 0 and right < 0 and not causal and q.shape[1] > k.shape[1]
+    covered = torch_backward.covers(q, v, softcap, alibi_slopes, bias, sinks, ctx.dropout_p, right_open)
+    if dlse is None and covered:
+        grads[:3] = torch_backward.attention(dout, q, k, v, out, lse, *ctx.scalars[:4], ctx.deterministic)
+    elif q.is_cuda or needs[bias_at] or needs[sinks_at] or dlse is not None:
         results = torch.ops.vivace.attention_recompute_backward(dout, dlse, q, k, v, *options)
         *grads[:3], grads[bias_at], grads[sinks_at] = results
     else:
@@ -53,6 +77,7 @@ def _varlen_setup(ctx, inputs, output):
     ctx.paged = block_table is not None
     ctx.scalars = scalars
     ctx.dropout_p = dropout_p
+    ctx.deterministic = _deterministic.get()
     ctx.set_materialize_grads(False)
 
 
@@ -69,8 +94,16 @@ def _varlen_backward(ctx, dout, dlse):
     if dout is None and dlse is None:
         return tuple(grads)
     tail = ctx.dropout_p, rng_state
+    used = used_q is not None or used_k is not None
+    _, causal, left, right, softcap = ctx.scalars[:5]
+    right_open = left >= 0 and right < 0 and not causal  # of each sequence only the device knows the lengths
+    covered = torch_backward.covers(q, v, softcap, alibi_slopes, None, sinks, ctx.dropout_p, right_open)
     # The backward operator knows neither sinks nor seqused.
-    if q.is_cuda or dlse is not None or not (sinks is None and used_q is None and used_k is None):
+    if covered and dlse is None and not used:
+        grads[:3] = torch_backward.attention_varlen(
+            dout, q, k, v, out, lse, cu_q, cu_k, *ctx.longest, *ctx.scalars[:4], ctx.deterministic
+        )
+    elif q.is_cuda or dlse is not None or sinks is not None or used:
         results = torch.ops.vivace.attention_recompute_backward(
             dout, dlse, q, k, v, *ctx.scalars, alibi_slopes, None, sinks, *tail, cu_q, cu_k, used_q, used_k
         )

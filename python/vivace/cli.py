@@ -8,7 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vivace import plan
 from vivace.bench import arguments as bench_arguments
+from vivace.doctor import arguments as doctor_arguments
+from vivace.report import arguments as report_arguments
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -80,6 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
     voice.set_defaults(run=run_voice)
 
     bench_arguments.add_parser(commands)
+    doctor_arguments.add_parser(commands)
+    report_arguments.add_parser(commands)
+    plan.add_parser(commands)
 
     version = commands.add_parser("version", help="versions of vivace and torch")
     version.set_defaults(run=run_version)

@@ -33,6 +33,7 @@ class Result:
     Attributes:
         tokens: speech tokens (25 a second), without the stop token.
         finish_reason: "stop", "length" or "cancelled"; "" while it runs.
+        detail: with "length", what was reached where it was not max_tokens: the KV cache's capacity.
         prompt_tokens: positions in front of the first speech token.
         seconds: from submission to the end.
         queue_seconds: of these, before work on it began.
@@ -43,6 +44,7 @@ class Result:
     id: int
     tokens: list[int]
     finish_reason: str
+    detail: str
     prompt_tokens: int
     seconds: float
     queue_seconds: float
@@ -60,10 +62,15 @@ class Engine:
         dtype: "auto" (as exported), "float32", "bfloat16" or "float16".
         max_requests: generating at once.
         max_rows: rows of the KV cache; 0: two for each request (guided ones need two).
-        capacity: positions of a row: prompt and generated tokens.
+        capacity: positions of a row: prompt and generated tokens. A request whose row is full ends with "length".
         max_queue: requests waiting beyond those; `submit` raises BlockingIOError when they are there.
         threads: CPU threads of torch, for the whole process; 0: as they are.
         cuda_graphs: replay captured steps on CUDA; VIVACE_CUDA_GRAPHS=0 turns them off too.
+        fused_step: decode steps by `vivace.decode_step` instead of layer by layer: "auto" (on CUDA, where its kernels
+            take the model), "on" (on the CPU too) or "off"; VIVACE_FUSED_STEP=0 or 1 wins. stats()["fused_steps"]
+            counts them.
+        deterministic: a request's tokens are the same whatever else is in the batch, bit for bit.
+        warm_up: on CUDA, load kernels and capture graphs now and not during the first requests.
         verify: recompute the digest of the model's records before loading it.
 
     Raises:
@@ -85,6 +92,9 @@ class Engine:
         max_queue: int = 256,
         threads: int = 0,
         cuda_graphs: bool = True,
+        fused_step: str = "auto",
+        deterministic: bool = False,
+        warm_up: bool = True,
         verify: bool = True,
     ):
         extension = _extension()
@@ -100,6 +110,9 @@ class Engine:
             max_queue=max_queue,
             threads=threads,
             cuda_graphs=cuda_graphs,
+            fused_step=fused_step,
+            deterministic=deterministic,
+            warm_up=warm_up,
             verify=verify,
         )
         self.manifest: dict[str, Any] = json.loads(engine.manifest_json)
@@ -139,7 +152,9 @@ class Engine:
         exaggeration: float | None = None,
         seed: int = 0,
         rng: str = "philox",
+        generator_state: bytes = b"",
         max_tokens: int = 1000,
+        ignore_stop: bool = False,
         alignment: bool = True,
         on_tokens: TokenCallback | None = None,
     ) -> int:
@@ -148,20 +163,22 @@ class Engine:
         Args:
             text: normalised and tokenized as Chatterbox does it; needs the engine's `tokenizer`.
             text_tokens: token ids instead of a text; start and stop tokens are added where they are missing.
-            voice: voice.safetensors, written by `vivace voice`; read once and kept.
+            voice: voice.safetensors, written by `vivace voice`; read once and kept. Or what `load_voice` gave.
             temperature, top_p, min_p, repetition_penalty, cfg_weight, exaggeration: None: the model's default.
                 temperature 0 always takes the likeliest token; cfg_weight 0 runs one row instead of two.
             top_k: keep the k likeliest tokens; 0: all.
             seed: of the draws.
             rng: "philox" (draws that depend on seed and step alone) or "torch" (Chatterbox's tokens after
                 torch.manual_seed(seed)).
-            max_tokens: speech tokens at most.
+            generator_state: with rng "torch", the bytes of a torch.Generator's get_state() to go on from, not a seed.
+            max_tokens: speech tokens at most; fewer where the engine's capacity ends before them.
+            ignore_stop: the stop token ends nothing, and stays among the tokens.
             alignment: multilingual models: watch the alignment heads, as Chatterbox 0.1.7 does.
             on_tokens: called as on_tokens(id, new_tokens, tokens_so_far, max_tokens) on the engine's thread; returning
                 False ends the request with what was generated.
 
         Raises:
-            ValueError: an argument is out of range, or prompt and max_tokens exceed the engine's capacity.
+            ValueError: an argument is out of range, or the prompt fills the engine's capacity.
             OSError: the voice file is not usable. BlockingIOError: the queue is full.
         """
         if (text is None) == (text_tokens is None):
@@ -185,7 +202,9 @@ class Engine:
             exaggeration=value(exaggeration, "exaggeration"),
             seed=seed,
             rng=rng,
+            generator_state=generator_state,
             max_new_tokens=max_tokens,
+            ignore_stop=ignore_stop,
             alignment=alignment,
             on_tokens=on_tokens,
         )
@@ -234,7 +253,22 @@ class Engine:
             )
         return self._tokenizer.encode(text)
 
-    def _voice(self, path: str | os.PathLike):
+    def load_voice(self, path: str | os.PathLike) -> Any:
+        """A voice that the caller keeps; `submit` takes it in place of a path."""
+        return self._engine.load_voice(os.fspath(path))
+
+    def make_voice(self, speaker_emb: Sequence[float], prompt_tokens: Sequence[int]) -> Any:
+        """A voice from its parts, for `submit`: the voice encoder's embedding and the speech tokens of its sample,
+        which may be as many as the model has positions for.
+
+        Raises:
+            ValueError: a size is not the model's, a token is out of range, or a number is not finite.
+        """
+        return self._engine.make_voice(list(map(float, speaker_emb)), list(map(int, prompt_tokens)))
+
+    def _voice(self, path: Any):
+        if not isinstance(path, (str, os.PathLike)):
+            return path
         key = os.path.abspath(os.fspath(path))
         if key not in self._voices:
             self._voices[key] = self._engine.load_voice(key)

@@ -52,6 +52,26 @@ def _sampling_probs(logits, rows, *args, **kwargs):
     return logits.new_empty((rows.shape[0], logits.shape[1]), dtype=torch.float32)
 
 
+def _decode_step(
+    tokens,
+    positions,
+    row_request,
+    speech_emb,
+    speech_pos_emb,
+    input_norm,
+    qkv,
+    out,
+    post_norm,
+    gate_up,
+    down,
+    norm,
+    head,
+    *args,
+    **kwargs,
+):
+    return head.new_empty((row_request.shape[0], head.shape[0]), dtype=torch.float32)
+
+
 _FAKES = {
     "attention": _attention,
     "attention_varlen": _attention_varlen,
@@ -63,6 +83,8 @@ _FAKES = {
     "rotary_embedding": _like_x,
     "rotary_embedding_": _in_place,
     "silu_gate": _silu_gate,
+    "decode_step": _decode_step,
     "sample": _sample,
+    "sample_advance": _in_place,
     "sampling_probs": _sampling_probs,
 }

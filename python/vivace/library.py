@@ -40,7 +40,8 @@ def find() -> Path:
 
 
 def load() -> Path:
-    """Loads the operator library, once, and registers what Python adds to it: fake implementations and gradients.
+    """Loads the operator library, once, and registers what Python adds to it: fake implementations, gradients, and our
+    name in torch's registry of flash attention (which activates nothing).
 
     Returns:
         The path it was loaded from.
@@ -64,11 +65,16 @@ def load() -> Path:
         except OperatorLibraryError as error:
             _error = str(error)
             raise
-        from vivace import autograd, fake, recompute
+        from vivace import autograd, fake, recompute, torch_sdpa
 
-        fake.register()
-        recompute.register()
-        autograd.register()
+        try:
+            fake.register()
+            recompute.register()
+            autograd.register()
+            torch_sdpa.register()
+        except Exception as error:
+            _error = _registration_failure(path, error)
+            raise OperatorLibraryError(_error) from error
         _loaded = path
         return path
 
@@ -126,3 +132,14 @@ def _load_failure(path: Path, error: OSError) -> str:
         f"built with torch {info['torch_built']} for torch {info['torch_target']} or newer" if info else "unknown build"
     )
     return f"vivace: {path} does not load: {cause} ({built}; this is torch {torch.__version__})"
+
+
+def _registration_failure(path: Path, error: Exception) -> str:
+    from vivace import __version__
+
+    info = read_build_info(path)
+    version = info["version"] if info else "an unknown version"
+    return (
+        f"vivace: {path} ({version}) does not go with this Python package ({__version__}): {error}; "
+        "build and install both from one source"
+    )

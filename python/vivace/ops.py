@@ -9,6 +9,7 @@ Floating point tensors are float32, float16 or bfloat16 (on the CPU float64 too)
 """
 
 import json
+from collections.abc import Sequence
 
 import torch
 
@@ -59,12 +60,11 @@ def attention(
         out (batch, seqlen_q, heads, head_dim_v) of q's dtype; with return_lse also float32 (batch, heads, seqlen_q),
         the natural logarithm, -inf where a row sees nothing. Differentiable in q, k, v, bias and sinks.
     """
-    q, k, v = map(_last_contiguous, (q, k, v))
+    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     if dropout_p > 0.0 and rng_state is None:
         rng_state = _draw_rng_state(q)
-    out, lse = _ops.attention(
-        q, k, v, softmax_scale, causal, *window_size, softcap, alibi_slopes, bias, sinks, dropout_p, rng_state
-    )
+    options = softmax_scale, causal, *window_size, softcap, alibi_slopes, bias, sinks, dropout_p, rng_state
+    out, lse = _run(_ops.attention, (q, k, v, bias, sinks), q, k, v, *options)
     return (out, lse) if return_lse else out
 
 
@@ -107,10 +107,12 @@ def attention_varlen(
     Returns:
         out (total_q, heads, head_dim_v); with return_lse also float32 (heads, total_q).
     """
-    q, k, v = map(_last_contiguous, (q, k, v))
+    q, k, v = _last_contiguous(q), _last_contiguous(k), _last_contiguous(v)
     if dropout_p > 0.0 and rng_state is None:
         rng_state = _draw_rng_state(q)
-    out, lse = _ops.attention_varlen(
+    out, lse = _run(
+        _ops.attention_varlen,
+        (q, k, v, sinks),
         q,
         k,
         v,
@@ -347,6 +349,66 @@ def sample(
     return tokens
 
 
+def sample_advance(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    seen: torch.Tensor,
+    cfg_weight: torch.Tensor,
+    temperature: torch.Tensor,
+    repetition_penalty: torch.Tensor,
+    min_p: torch.Tensor,
+    top_p: torch.Tensor,
+    top_k: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    advance: torch.Tensor,
+    last_position: int,
+    history: torch.Tensor | None = None,
+    turn: torch.Tensor | None = None,
+) -> None:
+    """`sample`, and all that has to move on before the next `decode_step`, in one kernel: with decode_step it makes a
+    step that a CUDA graph can repeat without the host.
+
+    Args:
+        logits, rows, seen, cfg_weight, temperature, repetition_penalty, min_p, top_p, top_k, seed: as in `sample`; a
+            request whose first row is negative is padding, and nothing of it is read or written.
+        step: int64 (requests,), the token's number in its request; advance is added to it.
+        tokens: int64 (requests,); receives the drawn tokens.
+        positions: int64 (requests,); advance is added, up to last_position.
+        cache_seqlens: int32 (rows of logits,); advance is added to the lengths of each request's rows.
+        advance: int64 (requests,), 1; 0: the request stays where it is.
+        last_position: the largest position there is.
+        history: int64 (slots, requests) or None; each request's token is also written to history[turn % slots]. With
+            the other tensors on CUDA it may be pinned memory of the host, which then sees tokens without a copy.
+        turn: int64 (requests,), given with history; 1 is added.
+    """
+    _no_gradient("sample_advance", logits)
+    _ops.sample_advance(
+        logits,
+        rows,
+        seen,
+        cfg_weight,
+        temperature,
+        repetition_penalty,
+        min_p,
+        top_p,
+        top_k,
+        seed,
+        step,
+        tokens,
+        positions,
+        cache_seqlens,
+        advance,
+        last_position,
+        history,
+        turn,
+    )
+    _mutated(seen, step, tokens, positions, cache_seqlens, *(t for t in (history, turn) if t is not None))
+
+
 def sampling_probs(
     logits: torch.Tensor,
     rows: torch.Tensor,
@@ -361,6 +423,120 @@ def sampling_probs(
     """The distribution that `sample` draws from: float32 (requests, vocab). Arguments as there; `seen` is only read."""
     _no_gradient("sampling_probs", logits)
     return _ops.sampling_probs(logits, rows, seen, cfg_weight, temperature, repetition_penalty, min_p, top_p, top_k)
+
+
+def decode_step(
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    row_request: torch.Tensor,
+    speech_emb: torch.Tensor,
+    speech_pos_emb: torch.Tensor,
+    input_norm: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    post_norm: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    norm: torch.Tensor,
+    head: torch.Tensor,
+    rotary_cos: torch.Tensor,
+    rotary_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    cache_batch_idx: torch.Tensor,
+    workspace: torch.Tensor,
+    eps: float = 1e-5,
+    probes: torch.Tensor | None = None,
+    probe_layers: Sequence[int] = (),
+    probe_heads: Sequence[int] = (),
+    family: int = 0,
+) -> torch.Tensor:
+    """One token of each row through a whole Llama decoder (RMSNorm, rotary attention over a KV cache, SwiGLU): from
+    token to logits in one operator, with the weights of all layers stacked. Tokens, positions, lengths and cache rows
+    are read on the device, so that a captured step serves every length.
+
+    A row appends its key and value at cache_seqlens, which the caller advances (`sample_advance`), and attends to all
+    keys up to its own. A row at capacity writes nothing, and its logits mean nothing. A row's result does not depend on
+    the other rows, bit for bit, as long as the same kernels run (`family`).
+
+    Args:
+        tokens, positions: int64 (requests,), each request's last token and its position in speech_pos_emb.
+        row_request: int64 (rows,), the request whose token a row embeds.
+        speech_emb: (tokens, hidden). speech_pos_emb: (positions, hidden). Their sum is the row's input.
+        input_norm, post_norm: (layers, hidden), before attention and before the MLP.
+        qkv: (layers, (heads + 2 * heads_kv) * head_dim, hidden), rows q, k, v.
+        out: (layers, hidden, heads * head_dim).
+        gate_up: (layers, 2 * intermediate, hidden), rows gate, up. down: (layers, hidden, intermediate).
+        norm: (hidden,), the final one. head: (vocab, hidden).
+        rotary_cos, rotary_sin: (at least capacity, head_dim / 2), float32 or the weights' dtype; halves are rotated.
+        k_cache, v_cache: (layers, cache_rows, capacity, heads_kv, head_dim), written in place; any strides but the
+            last. The kernels like a head's keys side by side: (layers, cache_rows, heads_kv, capacity,
+            head_dim).transpose(2, 3).
+        cache_seqlens: int32 (rows,), keys before the step.
+        cache_batch_idx: int32 (rows,), the cache row of each row; negative: padding, which does nothing.
+        workspace: uint8, `decode_step_workspace` bytes, zeroed once and kept between the calls of one stream.
+        eps: of the norms.
+        probes: float32 (probes, at least rows, 1, width) or None: receives the attention probabilities of single heads
+            over the keys, 0 beyond them. probe_layers, probe_heads: which; at most 8.
+        family: 0: the fastest for so many rows, 1: one persistent kernel, 2: a chain of kernels.
+
+    Returns:
+        float32 (rows, vocab). Not differentiable.
+
+    Raises:
+        RuntimeError: an argument does not fit, or (CUDA) no kernel takes the shape: decode_step_workspace asks first.
+    """
+    _no_gradient("decode_step", speech_emb, qkv, out, gate_up, down, head)
+    logits = _ops.decode_step(
+        tokens,
+        positions,
+        row_request,
+        speech_emb,
+        speech_pos_emb,
+        input_norm,
+        qkv,
+        out,
+        post_norm,
+        gate_up,
+        down,
+        norm,
+        head,
+        rotary_cos,
+        rotary_sin,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        cache_batch_idx,
+        workspace,
+        eps,
+        probes,
+        probe_layers,
+        probe_heads,
+        family,
+    )
+    _mutated(k_cache, v_cache, workspace, *(() if probes is None else (probes,)))
+    return logits
+
+
+def decode_step_workspace(
+    qkv: torch.Tensor,
+    down: torch.Tensor,
+    head: torch.Tensor,
+    k_cache: torch.Tensor,
+    rows: int,
+    probes: bool = False,
+    family: int = 0,
+) -> int:
+    """Bytes of `decode_step`'s workspace for up to `rows` rows: 0 on the CPU, -1 where no CUDA kernel takes the shape.
+    One workspace serves calls of any number of rows up to `rows`."""
+    return _ops.decode_step_workspace(qkv, down, head, k_cache, rows, probes, family)
+
+
+def decode_step_kernel() -> str:
+    """The implementation that this thread's last decode_step ran on: "cpu", "step_persistent" or "step_chain"; ""
+    before the first."""
+    return _ops.decode_step_kernel()
 
 
 def force_arch(arch: int) -> int:
@@ -383,6 +559,16 @@ def attention_kernel() -> str:
     """The implementation that this thread's last attention call ran on: "cpu", "attention_decode",
     "attention_forward_sm90", "attention_forward_sm80" or "attention_forward_generic"; "" before the first."""
     return _ops.attention_kernel()
+
+
+def _run(op, differentiable, *args):
+    """op(*args), past autograd's Python wrapper (5 us on a fast core) where no gradient can be asked for."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return op(*args)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _last_contiguous(t):

@@ -124,14 +124,38 @@ def attention(
 
     first_batch: number of q's first batch entry in the whole call, for dropout.
     """
-    batch, seqlen_q, heads, head_dim = q.shape
+    batch, seqlen_q, heads, _ = q.shape
+    seqlen_k, heads_kv = k.shape[1], k.shape[2]
+    scores = masked_scores(q, k, softmax_scale, causal, window_left, window_right, softcap, alibi_slopes, bias)
+    compute = scores.dtype
+    v_heads = v.to(compute).transpose(1, 2).repeat_interleave(heads // heads_kv, dim=1)
+
+    # A row that sees nothing would give NaN gradients through -inf - -inf: it is computed on zeros and then dropped.
+    seen = (scores > -math.inf).any(dim=-1, keepdim=True) | scores.isnan().any(dim=-1, keepdim=True)
+    logits = torch.where(seen, scores, 0.0)
+    if sinks is not None:
+        sink = sinks.to(compute)[None, :, None, None].expand(batch, heads, seqlen_q, 1)
+        logits = torch.cat((logits, sink), dim=-1)
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    probs = torch.where(seen, torch.exp(logits[..., :seqlen_k] - lse), 0.0)
+    if dropout_p > 0.0:
+        kept = dropout_mask(rng_state, batch, heads, seqlen_q, seqlen_k, dropout_p, first_batch)
+        probs = probs * kept / (1.0 - dropout_p)
+    out = torch.matmul(probs, v_heads).transpose(1, 2).to(q.dtype)
+    return out, torch.where(seen, lse, -math.inf).squeeze(-1).to(torch.float32)
+
+
+def masked_scores(
+    q, k, softmax_scale=None, causal=False, window_left=-1, window_right=-1, softcap=0.0, alibi_slopes=None, bias=None
+):
+    """(batch, heads, seqlen_q, seqlen_k) in fp32 (fp64 for fp64), -inf where hidden."""
+    _, seqlen_q, heads, head_dim = q.shape
     seqlen_k, heads_kv = k.shape[1], k.shape[2]
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     group = heads // heads_kv
     q_heads = q.to(compute).transpose(1, 2)  # (batch, heads, seqlen_q, head_dim)
     k_heads = k.to(compute).transpose(1, 2).repeat_interleave(group, dim=1)
-    v_heads = v.to(compute).transpose(1, 2).repeat_interleave(group, dim=1)
     scores = torch.matmul(q_heads, k_heads.transpose(2, 3)) * scale
     if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
@@ -151,21 +175,7 @@ def attention(
         visible = visible & bias
     elif bias is not None:
         scores = scores + bias.to(compute)
-    scores = scores.masked_fill(~visible, -math.inf)
-
-    # A row that sees nothing would give NaN gradients through -inf - -inf: it is computed on zeros and then dropped.
-    seen = (scores > -math.inf).any(dim=-1, keepdim=True) | scores.isnan().any(dim=-1, keepdim=True)
-    logits = torch.where(seen, scores, 0.0)
-    if sinks is not None:
-        sink = sinks.to(compute)[None, :, None, None].expand(batch, heads, seqlen_q, 1)
-        logits = torch.cat((logits, sink), dim=-1)
-    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-    probs = torch.where(seen, torch.exp(logits[..., :seqlen_k] - lse), 0.0)
-    if dropout_p > 0.0:
-        kept = dropout_mask(rng_state, batch, heads, seqlen_q, seqlen_k, dropout_p, first_batch)
-        probs = probs * kept / (1.0 - dropout_p)
-    out = torch.matmul(probs, v_heads).transpose(1, 2).to(q.dtype)
-    return out, torch.where(seen, lse, -math.inf).squeeze(-1).to(torch.float32)
+    return scores.masked_fill(~visible, -math.inf)
 
 
 def dropout_mask(rng_state, batch, heads, seqlen_q, seqlen_k, dropout_p, first_batch=0):

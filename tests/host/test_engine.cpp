@@ -1,5 +1,6 @@
 #include "host/engine.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <fstream>
@@ -185,7 +186,7 @@ TEST_CASE("requests that cannot run are refused with the argument and the number
     INFO(text);
     CHECK_THROWS_WITH(engine.submit(changed), ContainsSubstring(text));
   };
-  refused_with([](Request& r) { r.max_new_tokens = 70; }, "the KV cache has a capacity of 80");
+  refused_with([](Request& r) { r.text_tokens.assign(60, 5); }, "positions, the KV cache a capacity of 80");
   refused_with([](Request& r) { r.max_new_tokens = 0; }, "max_new_tokens is 0, expected 1 to 4096");
   refused_with([](Request& r) { r.sampling.cfg_weight = 0.5f; }, "needs 2 rows of the KV cache, it has 1");
   refused_with([](Request& r) { r.sampling.top_p = 0; }, "top_p is 0, expected above 0");
@@ -196,7 +197,110 @@ TEST_CASE("requests that cannot run are refused with the argument and the number
   refused_with([](Request& r) { r.text_tokens = {3, 704}; }, "text_tokens has 704, the vocabulary has 704");
   refused_with([](Request& r) { r.text_tokens.assign(3000, 5); }, "takes at most 2048");
   refused_with([](Request& r) { r.voice = nullptr; }, "no voice");
+  refused_with(
+      [](Request& r) {
+        r.sampling.rng = Rng::kTorch;
+        r.sampling.generator_state = "no state";
+      },
+      "generator_state is no state of a generator of cpu");
   CHECK(engine.wait(engine.submit(request)).tokens.size() == 10);
+}
+
+TEST_CASE("a request whose cache row is full ends with what fits, and its neighbours go on", "[engine]") {
+  for (const char* fused : {"off", "on"}) {
+    INFO("fused_step " << fused);
+    const EngineFixture fixture;
+    EngineOptions options = fixture.options();
+    options.fused_step = fused;
+    options.capacity = 80;
+    Engine engine(options);
+    const auto voice = fixture.voice(engine);
+    Request longest = endless(fixture, voice, 400), other = endless(fixture, voice, 20);
+    longest.ignore_stop = other.ignore_stop = true;
+    other.sampling.seed = 3;
+    other.sampling.cfg_weight = 0.5f;
+    const Result alone = engine.wait(engine.submit(other));
+    const uint64_t a = engine.submit(longest), b = engine.submit(other);
+    const Result full = engine.wait(a);
+    CHECK(full.finish_reason == FinishReason::kLength);
+    CHECK(static_cast<int64_t>(full.tokens.size()) == 80 - full.prompt_tokens);
+    CHECK_THAT(full.detail, ContainsSubstring("the KV cache is full: its capacity is 80 positions"));
+    const Result beside = engine.wait(b);
+    CHECK(beside.tokens == alone.tokens);
+    CHECK(beside.tokens.size() == 20);
+    CHECK(beside.detail.empty());
+    // A row that was full serves the next request as well as any.
+    for (int i = 0; i < 8; ++i) CHECK(engine.wait(engine.submit(other)).tokens == alone.tokens);
+  }
+}
+
+TEST_CASE("a request that ignores the stop token goes on to its last token", "[engine]") {
+  const EngineFixture fixture;
+  Engine engine(fixture.options());
+  const auto voice = fixture.voice(engine);
+  const int64_t stop = engine.manifest().speech.stop_token;
+  // Seeds are tried until one draws the stop token; evenly drawn from 8194 ids, many tokens are needed.
+  Request request = endless(fixture, voice, 400);
+  for (request.sampling.seed = 0; request.sampling.seed < 200; ++request.sampling.seed) {
+    request.ignore_stop = true;
+    const auto all = engine.wait(engine.submit(request)).tokens;
+    REQUIRE(all.size() == 400);
+    const auto found = std::find(all.begin(), all.end(), stop);
+    if (found == all.end()) continue;
+    request.ignore_stop = false;
+    const Result stopped = engine.wait(engine.submit(request));
+    CHECK(stopped.finish_reason == FinishReason::kStop);
+    CHECK(stopped.tokens == std::vector<int64_t>(all.begin(), found));
+    return;
+  }
+  FAIL("no seed drew the stop token");
+}
+
+TEST_CASE("fused steps give the tokens of steps layer by layer, and are counted", "[engine]") {
+  const EngineFixture fixture;
+  EngineOptions options = fixture.options();
+  options.fused_step = "off";
+  Engine layers(options);
+  options.fused_step = "on";
+  Engine fused(options);
+  const auto voice = fixture.voice(layers);
+  for (int i = 0; i < 6; ++i) {
+    Request request = fixture.request(voice, 30, 4 + 3 * static_cast<size_t>(i));
+    request.sampling.seed = 40 + i;
+    request.sampling.cfg_weight = i % 3 == 0 ? 0.0f : 0.5f;
+    request.sampling.temperature = i % 2 == 0 ? 0.0f : 0.9f;
+    INFO("request " << i);
+    CHECK(fused.wait(fused.submit(request)).tokens == layers.wait(layers.submit(request)).tokens);
+  }
+  CHECK(layers.stats().fused_steps == 0);
+  CHECK_THAT(layers.stats().not_fused, ContainsSubstring("turned off"));
+  CHECK(fused.stats().not_fused.empty());
+  CHECK(fused.stats().fused_steps == fused.stats().decode_steps);
+}
+
+TEST_CASE("a deterministic engine gives a request the same tokens in any company", "[engine]") {
+  const EngineFixture fixture;
+  EngineOptions options = fixture.options();
+  options.dtype = "bfloat16";  // where another order of sums would show
+  options.deterministic = true;
+  Engine engine(options);
+  const auto voice = fixture.voice(engine);
+  std::vector<Request> requests;
+  for (int i = 0; i < 9; ++i) {
+    Request request = fixture.request(voice, 10 + 9 * i, 4 + 3 * static_cast<size_t>(i));
+    request.sampling.seed = 60 + i;
+    request.sampling.cfg_weight = i % 3 == 0 ? 0.0f : 0.5f;
+    requests.push_back(request);
+  }
+  std::vector<std::vector<int64_t>> alone;
+  for (const Request& request : requests) alone.push_back(engine.wait(engine.submit(request)).tokens);
+  std::vector<uint64_t> ids;
+  for (const Request& request : requests) ids.push_back(engine.submit(request));
+  for (size_t i = 0; i < ids.size(); ++i) {
+    INFO("request " << i);
+    CHECK(engine.wait(ids[i]).tokens == alone[i]);
+  }
+  CHECK(engine.stats().fused_steps == engine.stats().decode_steps);
 }
 
 TEST_CASE("a text of no tokens still generates", "[engine]") {
@@ -293,6 +397,8 @@ TEST_CASE("options that cannot be met are refused", "[engine]") {
   refused_with([](EngineOptions& o) { o.device = "tpu"; }, "expected auto, cpu, cuda");
   refused_with([](EngineOptions& o) { o.dtype = "int8"; }, "expected auto, float32, bfloat16 or float16");
   refused_with([](EngineOptions& o) { o.max_requests = 0; }, "max_requests is 0");
+  refused_with([](EngineOptions& o) { o.fused_step = "maybe"; }, "fused_step is \"maybe\", expected auto, on or off");
+  refused_with([](EngineOptions& o) { o.deterministic = true, o.fused_step = "off"; }, "cannot run through decode_step");
   refused_with([](EngineOptions& o) { o.capacity = int64_t{1} << 40; }, "the KV cache needs");
 }
 

@@ -1,4 +1,6 @@
 // The engine on a GPU. Hidden: run with `test_engine "[gpu]"`.
+#include <memory>
+
 #include "tests/host/catch.h"
 #include "tests/host/engine_fixture.h"
 
@@ -111,4 +113,83 @@ TEST_CASE("an interrupted request leaves the others their tokens on CUDA", "[.][
   const auto tokens = run_together(engine, requests);
   CHECK(tokens[1].size() <= 3);
   for (const size_t other : {0, 2, 3}) CHECK(tokens[other] == expected[other]);
+}
+
+TEST_CASE("fused steps on CUDA in bf16: graphs replay what runs without them, and every step is counted", "[.][gpu]") {
+  const EngineFixture fixture;
+  EngineOptions options = on(fixture, "cuda");
+  options.dtype = "bfloat16";
+  options.max_requests = 12;
+  Engine engine(options);
+  if (!engine.stats().not_fused.empty()) {
+    WARN("decode_step does not take the test's model here: " << engine.stats().not_fused);
+    return;
+  }
+  CHECK(engine.stats().graph_captures > 0);  // before the first request
+  const std::vector<Request> requests = mixed_requests(fixture, fixture.voice(engine), 12);
+  std::vector<std::vector<int64_t>> together = run_together(engine, requests);
+  Stats stats = engine.stats();
+  CHECK(stats.fused_steps == stats.decode_steps);
+  CHECK(stats.graph_replays == stats.decode_steps);
+  CHECK(stats.eager_steps == 0);
+  options.cuda_graphs = false;
+  Engine eager(options);
+  CHECK(run_together(eager, requests) == together);
+  stats = eager.stats();
+  CHECK(stats.graph_replays == 0);
+  CHECK(stats.fused_steps == stats.decode_steps);
+}
+
+TEST_CASE("a deterministic engine on CUDA gives a request its tokens alone and among 63 others", "[.][gpu]") {
+  const EngineFixture fixture;
+  EngineOptions options = on(fixture, "cuda");
+  options.dtype = "bfloat16";
+  options.max_requests = 64;
+  options.capacity = 256;
+  std::unique_ptr<Engine> engine;
+  try {
+    options.deterministic = true;
+    engine = std::make_unique<Engine>(options);
+  } catch (const Error& error) {
+    WARN("no deterministic engine for the test's model here: " << error.what());
+    return;
+  }
+  const auto voice = fixture.voice(*engine);
+  std::vector<Request> requests;
+  for (int i = 0; i < 64; ++i) {
+    Request request = fixture.request(voice, 20 + i, 4 + static_cast<size_t>(i) % 20);
+    request.sampling.seed = 300 + i;
+    request.sampling.cfg_weight = i % 5 == 0 ? 0.0f : 0.5f;
+    request.ignore_stop = true;
+    requests.push_back(request);
+  }
+  const auto together = run_together(*engine, requests);
+  for (const size_t i : {0, 1, 17, 40, 63}) {
+    INFO("request " << i);
+    CHECK(engine->wait(engine->submit(requests[i])).tokens == together[i]);
+  }
+  const Stats stats = engine->stats();
+  CHECK(stats.fused_steps == stats.decode_steps);
+}
+
+TEST_CASE("a request on CUDA whose cache row is full ends there, and its neighbours go on", "[.][gpu]") {
+  const EngineFixture fixture;
+  for (const char* fused : {"auto", "off"}) {
+    INFO("fused_step " << fused);
+    EngineOptions options = on(fixture, "cuda");
+    options.dtype = "bfloat16";
+    options.capacity = 80;
+    options.fused_step = fused;
+    Engine engine(options);
+    const auto voice = fixture.voice(engine);
+    Request longest = fixture.request(voice, 400, 5), other = fixture.request(voice, 20, 5);
+    longest.ignore_stop = other.ignore_stop = true;
+    const Result alone = engine.wait(engine.submit(other));
+    const uint64_t a = engine.submit(longest);
+    const Result full = engine.wait(a);
+    CHECK(full.finish_reason == FinishReason::kLength);
+    CHECK(static_cast<int64_t>(full.tokens.size()) == 80 - full.prompt_tokens);
+    CHECK(full.detail.find("capacity is 80") != std::string::npos);
+    for (int i = 0; i < 4; ++i) CHECK(engine.wait(engine.submit(other)).tokens == alone.tokens);
+  }
 }

@@ -1,140 +1,46 @@
-"""`vivace bench attention`: the loop over cells, and what is said about them."""
+"""`vivace bench attention`: one operator's cells, and what is said about them."""
 
 import argparse
-import contextlib
-import logging
-import sys
-import warnings
 from collections.abc import Iterator
 
 import torch
 
-from vivace.bench import cells, figures, machine, output, presets, tensors, timing
+from vivace.bench import cells, figures, machine, presets, run, tensors, timing
 from vivace.bench import peers as peer_libraries
 from vivace.bench import subject as subject_calls
-from vivace.bench.arguments import FORMATS
-from vivace.bench.progress import Progress
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measures the cells that the arguments name and prints them.
-
-    Returns:
-        0; 1 where a cell of vivace failed; 130 after Ctrl-C, with what was measured until then.
-    """
-    if arguments.repetitions < 1 or arguments.warmup < 0:
-        raise ValueError("vivace bench attention: --repetitions must be 1 or more, --warmup 0 or more")
-    if arguments.output is not None and arguments.output.suffix.lstrip(".") not in FORMATS:
-        raise ValueError(f"vivace bench attention: --output {arguments.output} ends in none of .md, .csv, .json")
-    device = choose_device(arguments.device)
-    wanted = presets.cells(arguments, device == "cpu")
-    if arguments.list:
-        print("\n".join(cell.title() for cell in wanted))
-        return 0
-    bench = AttentionBench(arguments, device, wanted)
-    with torch.no_grad(), quiet():
-        interrupted = bench.measure_all()
-    if not bench.rows and bench.notes:
-        print("\n".join(bench.notes), file=sys.stderr)
-    bench.save()
-    print(output.render(bench.rows, arguments.format, bench.facts, bench.notes), end="")
-    if arguments.format != "md":
-        print("".join(f"vivace bench: {note}\n" for note in bench.notes), end="", file=sys.stderr)
-    return 130 if interrupted else int(any("error" in row for row in bench.rows))
+def execute(arguments: argparse.Namespace) -> int:
+    """Measures the cells that the arguments name and prints them; the exit status is that of `run.Bench.execute`."""
+    run.check(arguments, "attention")
+    device = run.choose_device(arguments.device, "attention")
+    with torch.no_grad():
+        return AttentionBench(arguments, device, presets.cells(arguments, device == "cpu")).execute()
 
 
-@contextlib.contextmanager
-def quiet():
-    """No warnings of torch's, in Python or logged: why a backend refuses is in its error already."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
+class AttentionBench(run.Bench):
+    """Forward, packed and decoding attention, and the cost of a call."""
 
-
-def choose_device(asked: str) -> str:
-    """ "cuda" or "cpu"; for "auto" the GPU where there is one and the operators were built for it."""
-    import vivace.ops
-
-    if asked == "cpu":
-        return "cpu"
-    if not torch.cuda.is_available():
-        reason = "torch sees no CUDA device"
-    elif not vivace.ops.build_info().get("cuda"):
-        reason = "the operator library was built for the CPU only"
-    else:
-        return "cuda"
-    if asked == "cuda":
-        raise ValueError(f"vivace bench attention: --device cuda: {reason}")
-    return "cpu"
-
-
-class AttentionBench:
-    """One run. rows are complete after every cell; facts and notes are for people."""
+    subject = "attention"
 
     def __init__(self, arguments: argparse.Namespace, device: str, wanted: list[cells.Cell]):
-        self.arguments = arguments
-        self.device = device
-        self.cells = wanted
-        self.rows: list[dict] = []
-        self.notes: list[str] = []
-        self.facts = machine.facts(device)
+        super().__init__(arguments, device, wanted)
         self.peers, missing = peer_libraries.installed(device, arguments.peers)
         self.note_all(f"{name} is not measured: {reason}" for name, reason in missing.items())
-        if device == "cpu":
-            self.notes.append("CPU figures: they say nothing about the CUDA kernels")
-            if arguments.arch != ["auto"]:
-                self.notes.append("--arch chooses among CUDA kernels: it changed nothing")
+        if device == "cpu" and arguments.arch != ["auto"]:
+            self.notes.append("--arch chooses among CUDA kernels: it changed nothing")
 
-    def measure_all(self) -> bool:
-        """Measures cell after cell; True where Ctrl-C ended it early."""
-        watch = machine.ClockWatch(self.device)
-        progress = Progress(len(self.cells))
-        interrupted, done = False, 0
-        try:
-            self.facts |= machine.ceilings(self.device, tensors.DTYPES[self.cells[0].dtype])
-            for done, cell in enumerate(self.cells):
-                progress.step(done, cell.title())
-                try:
-                    self.rows += self.measure(cell)
-                except Exception as error:
-                    timing.settle(error)  # fails where the CUDA context is gone
-                    self.rows.append(cell.key() | {"error": timing.first_line(error)} | self.facts)
-                self.save()
-            done = len(self.cells)
-        except KeyboardInterrupt:
-            interrupted = True
-            self.notes.append(f"interrupted after {done} of {len(self.cells)} cells")
-        except RuntimeError as error:  # no cell after this one can be measured
-            self.notes.append(f"ended after {done} of {len(self.cells)} cells: {timing.first_line(error)}")
-            if done < len(self.cells):
-                self.rows.append(self.cells[done].key() | self.facts | {"error": timing.first_line(error)})
-        finally:
-            progress.clear()
-            clocks = watch.stop()
-        self.facts |= clocks
-        for row in self.rows:
-            row |= clocks
-        if "throttled" in clocks:
-            self.notes.append(f"clocks were held down by {clocks['throttled']}")
-        return interrupted
+    def ceilings(self) -> dict:
+        return machine.ceilings(self.device, tensors.DTYPES[self.cases[0].dtype])
 
-    def measure(self, cell: cells.Cell) -> list[dict]:
-        common = {
-            "repetitions": self.arguments.repetitions,
-            "warmup": self.arguments.warmup,
-            "seed": self.arguments.seed,
-        }
-        measured = self.overhead(cell) if cell.op == "overhead" else self.compare(cell)
-        rows = [cell.key() | row | common | self.facts for row in measured]
-        for row in rows:
-            if row["arch"] != "sm90a":  # the bars are Hopper's
-                row.pop("bar", None)
-        return rows
+    def identity(self, case: cells.Cell) -> str:
+        archs = self.arguments.arch
+        return case.title() + (f" [{','.join(archs)}]" if archs != ["auto"] else "")
+
+    def measure(self, cell: cells.Cell) -> Iterator[dict]:
+        for row in self.overhead(cell) if cell.op == "overhead" else self.compare(cell):
+            # The bars are Hopper's.
+            yield row | ({"bar": cell.bar} if cell.bar is not None and row["arch"] == "sm90a" else {})
 
     def compare(self, cell: cells.Cell) -> Iterator[dict]:
         """One row for each kernel family asked for; all of them and the peers take turns."""
@@ -162,7 +68,7 @@ class AttentionBench:
         for arch, call in own.items():
             row = {"arch": subject_calls.nominal_arch(arch, self.device)}
             if cell.op == "decode":
-                row["kv_mb"] = round(work / 1e6, 1)
+                row["kv_mb"] = figures.significant(work / 1e6)
                 row["in_l2"] = self.device == "cuda" and work < torch.cuda.get_device_properties(0).L2_cache_size
             if ("vivace", arch) not in samples:
                 yield row | {"error": errors["vivace", arch]}
@@ -205,16 +111,17 @@ class AttentionBench:
         return timing.graph_sampler if cell.op == "decode" else timing.event_sampler
 
     def overhead(self, cell: cells.Cell) -> Iterator[dict]:
-        calls, sdpa = subject_calls.overhead_calls(cell, self.device)
-        samples, errors = timing.take_turns(
-            calls, timing.dispatch_sampler, self.arguments.repetitions, self.arguments.warmup
-        )
-        peers = {"sdpa": ("bhsd", samples.pop(sdpa))} if sdpa in samples else {}
         arch = "cpu" if self.device == "cpu" else "auto"
-        for name, times in samples.items():
-            yield {"call": name, "arch": arch} | figures.row(cell, 0, times, peers, self.facts)
-        for name in errors.keys() - {sdpa}:
-            yield {"call": name, "arch": arch, "error": errors[name]}
+        for language, calls in subject_calls.overhead_calls(cell, self.device).items():
+            samples, errors = timing.take_turns(
+                calls, timing.dispatch_sampler, self.arguments.repetitions, self.arguments.warmup
+            )
+            peers = {"sdpa": ("bhsd", samples.pop(subject_calls.SDPA))} if subject_calls.SDPA in samples else {}
+            key = {"arch": arch, "from": language}
+            for name, times in samples.items():
+                yield {"call": name} | key | figures.row(cell, 0, times, peers, self.facts)
+            for name in errors.keys() - {subject_calls.SDPA}:
+                yield {"call": name} | key | {"error": errors[name]}
 
     def note_all(self, notes) -> None:
         """Adds those that were not said yet; one peer's refusal of an operator is said once."""
@@ -222,9 +129,3 @@ class AttentionBench:
             key = note.partition(" such as ")[0]
             if not any(old.partition(" such as ")[0] == key for old in self.notes):
                 self.notes.append(note)
-
-    def save(self) -> None:
-        """Writes --output as far as the run is."""
-        path = self.arguments.output
-        if path is not None and self.rows:
-            output.write(path, output.render(self.rows, path.suffix[1:], self.facts, self.notes))

@@ -15,6 +15,10 @@ DECODE_HIDDEN = 1024  # the same of a decode cell: T3's
 CHOICES = ("op", "d", "s", "s_k", "mask", "window", "lengths", "rows", "kv", "heads", "heads_kv", "batch")
 
 
+#: What a decode row calls these fields.
+DECODE_NAMES = {"heads": "hq", "heads_kv": "hkv", "kv": "s"}
+
+
 @dataclass(frozen=True)
 class Cell:
     """op forward: batch * s queries over s_k keys; varlen: packed sequences; decode: one query for each of rows."""
@@ -53,17 +57,21 @@ class Cell:
         window = f" window {self.window}" if self.window >= 0 else ""
         return f"{self.op} d{self.d} {self.heads}:{self.heads_kv} heads {shape}{window} {self.dtype}"
 
-    def key(self) -> dict:
-        """The fields that say which cell it is, without those that its operator does not have."""
-        unused = {
+    def unused(self) -> tuple[str, ...]:
+        """Fields that the operator does not have."""
+        return {
             "forward": ("rows", "kv", "lengths"),
             "varlen": ("s", "s_k", "rows", "kv"),
             "decode": ("causal", "s", "s_k", "batch", "lengths", "window"),
             "overhead": tuple(asdict(self).keys() - {"op", "dtype"}),
         }[self.op]
+
+    def key(self) -> dict:
+        """The fields that say which cell it is, as its rows have them."""
+        unused = self.unused()
         fields = {name: value for name, value in asdict(self).items() if name not in unused and name != "bar"}
-        if self.bar is not None:
-            fields["bar"] = self.bar
+        if self.op == "decode":
+            return {DECODE_NAMES.get(name, name): value for name, value in fields.items()}
         return fields
 
     def chosen_by(self, arguments: argparse.Namespace) -> bool:
@@ -73,7 +81,9 @@ class Cell:
         """
         if self.op == "overhead" and any(getattr(arguments, name, None) is not None for name in CHOICES[1:]):
             return self.op in getattr(arguments, "op", ())
-        own = {**self.key(), "mask": self.mask} if self.op in ("forward", "varlen") else self.key()
+        own = {name: value for name, value in asdict(self).items() if name not in self.unused()} | {"mask": self.mask}
+        if self.op not in ("forward", "varlen"):
+            del own["mask"]
         return all(
             getattr(arguments, name, None) is None or name not in own or own[name] in getattr(arguments, name)
             for name in CHOICES

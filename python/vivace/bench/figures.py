@@ -37,7 +37,7 @@ def rate(cell: Cell, work: float, seconds: float) -> dict:
     if cell.op == "overhead":
         return {}
     if cell.op == "decode":
-        return {"gb_s": significant(work / seconds / 1e9)}
+        return {"gbps": significant(work / seconds / 1e9)}
     return {"tflops": significant(work / seconds / 1e12)}
 
 
@@ -52,8 +52,8 @@ def row(cell: Cell, work: float, ours: Sequence[float], peers: dict[str, tuple[s
         ceilings: matmul_tflops, copy_gb_s, read_gb_s, as far as measured.
 
     Returns:
-        us, us_q1, us_q3, us_min, samples, spread_percent; tflops or gb_s; percent_matmul or percent_read; for each
-        peer us_NAME, tflops_NAME or gb_s_NAME, layout_NAME, ratio_NAME (above 1: vivace is faster); best, the fastest
+        us, us_q1, us_q3, us_min, samples, spread_percent; tflops or gbps; percent_matmul or percent_read; for each
+        peer us_NAME, tflops_NAME or gbps_NAME, layout_NAME, ratio_NAME (above 1: vivace is faster); best, the fastest
         peer, and ratio_best.
     """
     summary = summarise(ours)
@@ -70,8 +70,8 @@ def row(cell: Cell, work: float, ours: Sequence[float], peers: dict[str, tuple[s
     read = max(ceilings.get("copy_gb_s", 0), ceilings.get("read_gb_s", 0))
     if "tflops" in figures and ceilings.get("matmul_tflops"):
         figures["percent_matmul"] = significant(100 * figures["tflops"] / ceilings["matmul_tflops"], 3)
-    if "gb_s" in figures and read:
-        figures["percent_read"] = significant(100 * figures["gb_s"] / read, 3)
+    if "gbps" in figures and read:
+        figures["percent_read"] = significant(100 * figures["gbps"] / read, 3)
     medians = {name: summarise(samples)["median"] for name, (_, samples) in peers.items()}
     for name, seconds in medians.items():
         figures[f"us_{name}"] = significant(seconds * 1e6, 5)

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import hashlib
 import os
 import platform
 import statistics
@@ -13,6 +14,9 @@ import torch
 from vivace import __version__
 from vivace.bench import timing
 from vivace.bench.figures import significant
+from vivace.bench.machine_facts import differences
+
+__all__ = ["ClockWatch", "ceilings", "clock_facts", "differences", "facts"]
 
 FACTS = {"driver": "driver_version", "power_limit_w": "power.limit", "clock_max_mhz": "clocks.max.sm"}
 WATCHED = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
@@ -34,6 +38,9 @@ def facts(device: str) -> dict:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found["gpu"] = properties.name
+        found["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        if unit := getattr(properties, "uuid", None):  # which of several equal ones, without naming it
+            found["unit"] = hashlib.sha256(str(unit).encode()).hexdigest()[:8]
         values = smi_query(FACTS.values())
         found |= {name: value for name, value in zip(FACTS, values, strict=True) if value} if values else {}
         for name in ("power_limit_w", "clock_max_mhz"):
@@ -44,8 +51,27 @@ def facts(device: str) -> dict:
     else:
         found |= {"cpu": cpu_name(), "threads": torch.get_num_threads()}
     found |= {"torch": str(torch.__version__), "python": platform.python_version(), "vivace": __version__}
+    if commit := current_commit():
+        found["commit"] = commit
     found["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
     return found
+
+
+def current_commit() -> str:
+    """$VIVACE_COMMIT, else that of the checkout that this package lies in (with a + where files differ); else ""."""
+    if chosen := os.environ.get("VIVACE_COMMIT"):
+        return chosen
+    folder = Path(__file__).resolve().parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        git = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--exclude=*"]
+        tracked = subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True,
+            timeout=20,
+        )
+        if tracked.returncode == 0:
+            return subprocess.run(git, capture_output=True, text=True, timeout=20).stdout.strip()
+    return ""
 
 
 def cpu_name() -> str:

@@ -1,6 +1,9 @@
 """vivace's own calls: what a cell asks of it, by which kernels, and what a call costs the host."""
 
 import contextlib
+import functools
+import types
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -8,9 +11,10 @@ import torch
 import vivace.ops
 from vivace.bench.cells import Cell
 from vivace.bench.tensors import DTYPES, Inputs
-from vivace.bench.timing import Call
+from vivace.bench.timing import DISPATCHES, Call
 
 FORCED = {"auto": 0, "90": 90, "80": 80, "generic": -1}
+SDPA = "scaled_dot_product_attention"
 NAMES = {"90": "sm90a", "80": "sm80", "generic": "generic"}
 
 
@@ -70,20 +74,71 @@ def nominal_arch(arch: str, device: str) -> str:
     return "sm90a" if (major, minor) == (9, 0) else f"sm{major}{minor}"
 
 
-def overhead_calls(cell: Cell, device: str) -> tuple[dict[str, Call], str]:
-    """Calls too small for the device's time to count: vivace's, by name, and the name of torch's among them."""
+def overhead_calls(cell: Cell, device: str) -> dict[str, dict[str, Call]]:
+    """Calls too small for the device's time to count: language -> name -> call; torch's is named SDPA."""
     dtype = DTYPES[cell.dtype]
     q, k, v = (torch.zeros(1, 1, 1, 64, device=device, dtype=dtype) for _ in range(3))
     cache_k, cache_v = (torch.zeros(1, 8, 1, 64, device=device, dtype=dtype) for _ in range(2))
     lengths = torch.zeros(1, device=device, dtype=torch.int32)
     heads = [t.transpose(1, 2) for t in (q, k, v)]
     ops = torch.ops.vivace
-    sdpa = "scaled_dot_product_attention"
-    return {
+    python = {
         "torch.ops.vivace.attention": Call(lambda: ops.attention(q, k, v)),
         "vivace.attention": Call(lambda: vivace.ops.attention(q, k, v)),
         "torch.ops.vivace.attention_with_kvcache": Call(
             lambda: ops.attention_with_kvcache(q, cache_k, cache_v, k, v, lengths)
         ),
-        sdpa: Call(lambda: torch.nn.functional.scaled_dot_product_attention(*heads)),
-    }, sdpa
+        SDPA: Call(lambda: torch.nn.functional.scaled_dot_product_attention(*heads)),
+    }
+    loops = scripted_loops()
+    compiled = {
+        "torch.ops.vivace.attention": lambda: loops.attention(q, k, v, DISPATCHES),
+        "torch.ops.vivace.attention_with_kvcache": lambda: loops.kvcache(
+            q, cache_k, cache_v, k, v, lengths, DISPATCHES
+        ),
+        SDPA: lambda: loops.sdpa(*heads, DISPATCHES),
+    }
+    return {
+        "Python": python,
+        "C++": {name: Call(function, inference, DISPATCHES) for name, function in compiled.items()},
+    }
+
+
+def inference():
+    """As the C++ host runs: no autograd."""
+    return torch.inference_mode()
+
+
+@functools.cache
+def scripted_loops():
+    """Loops that TorchScript's interpreter runs without Python: the cost of a call from C++ through the dispatcher.
+
+    A call's query is the output of the one before it, so that none of them can be left out or merged.
+    """
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int) -> torch.Tensor:
+        for _ in range(count):
+            q, _lse = torch.ops.vivace.attention(q, k, v)
+        return q
+
+    def kvcache(
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lengths: torch.Tensor,
+        count: int,
+    ) -> torch.Tensor:
+        for _ in range(count):
+            q, _lse = torch.ops.vivace.attention_with_kvcache(q, k_cache, v_cache, k, v, lengths)
+        return q
+
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, count: int) -> torch.Tensor:
+        for _ in range(count):
+            q = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return q
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return types.SimpleNamespace(**{f.__name__: torch.jit.script(f) for f in (attention, kvcache, sdpa)})

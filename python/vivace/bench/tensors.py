@@ -75,3 +75,8 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.shape != b.shape:
         raise ValueError(f"outputs differ in shape: {list(a.shape)} and {list(b.shape)}")
     return float((a.float() - b.float()).abs().max()) if a.numel() else 0.0
+
+
+def text_hash(value) -> str:
+    """SHA-256 of what ``repr`` makes of lists of integers, its first 12 digits."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]

@@ -11,15 +11,20 @@ import torch
 
 SAMPLE_SECONDS = 1e-3  # a sample repeats a call until it lasts about this long
 MOST_CALLS = 20  # in a sample, and in a CUDA graph
+DISPATCHES = 100  # calls in a sample of the host's time: few enough for the device's queue
 SPIN_HZ = 2e9  # about a GPU's clock
 
 
 @dataclass(frozen=True)
 class Call:
-    """A function of no arguments, and what has to be in force while it runs: entered outside the timed part."""
+    """A function of no arguments, and what has to be in force while it runs: entered outside the timed part.
+
+    ``count``: how many calls the function makes, for those that loop in C++.
+    """
 
     function: Callable[[], object]
     context: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    count: int = 1
 
     def __call__(self):
         with self.context():
@@ -103,7 +108,7 @@ def host_sampler(call: Call, warmup: int) -> Sampler:
 
 def dispatch_sampler(call: Call, warmup: int) -> Sampler:
     """Seconds that the host needs to enqueue a call; the device's work is waited for outside of the timed part."""
-    calls = 100
+    calls = max(1, DISPATCHES // call.count)
     wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
 
     def sample():
@@ -112,7 +117,7 @@ def dispatch_sampler(call: Call, warmup: int) -> Sampler:
             start = time.perf_counter()
             for _ in range(calls):
                 call.function()
-            return (time.perf_counter() - start) / calls
+            return (time.perf_counter() - start) / (calls * call.count)
 
     for _ in range(max(warmup, 1)):
         sample()

@@ -24,7 +24,7 @@ def bench(capsys, *flags):
 def test_every_operator_is_measured_against_torch(capsys):
     status, text = bench(capsys, "--op", "forward,varlen,decode,overhead", "-o", "json")
     rows = json.loads(text.out)
-    assert status == 0 and [row["op"] for row in rows] == ["forward", "varlen", "decode", *["overhead"] * 3]
+    assert status == 0 and [row["op"] for row in rows] == ["forward", "varlen", "decode", *["overhead"] * 5]
     for row in rows:
         assert row["device"] == "cpu" and row["arch"] == "cpu" and row["torch"] and row["seed"] == 0
         assert row["us"] > 0 and row["us_sdpa"] > 0 and row["samples"] == 3
@@ -32,7 +32,9 @@ def test_every_operator_is_measured_against_torch(capsys):
     for row in rows[:3]:
         assert row["max_difference"] < 1e-5 and len(row["hash"]) == 12
     assert rows[0]["tflops"] > 0 and rows[0]["causal"] is True and rows[0]["s"] == 8
-    assert rows[2]["gb_s"] > 0 and rows[2]["percent_read"] == pytest.approx(rows[2]["gb_s"] / 0.12, rel=0.01)
+    assert (rows[2]["hq"], rows[2]["hkv"], rows[2]["rows"], rows[2]["s"]) == (2, 2, 2, 8)
+    assert [row["from"] for row in rows[3:]] == ["Python"] * 3 + ["C++"] * 2
+    assert rows[2]["gbps"] > 0 and rows[2]["percent_read"] == pytest.approx(rows[2]["gbps"] / 0.12, rel=0.01)
     assert "CPU figures" in text.err
 
 
@@ -71,7 +73,7 @@ def test_ctrl_c_prints_what_was_measured_so_far(capsys, monkeypatch, tmp_path):
     path = tmp_path / "run.csv"
     status, text = bench(capsys, "--op", "forward,decode,overhead", "--output", str(path))
     assert status == 130
-    assert "interrupted after 1 of 3 cells" in text.out and "**Forward" in text.out
+    assert "interrupted after 1 of 3 cases" in text.out and "**Forward" in text.out
     assert [row["op"] for row in output.parse(path.read_text(), "csv")] == ["forward"]
 
 
@@ -100,8 +102,8 @@ def test_a_lost_context_ends_the_run_with_what_there_is(capsys, monkeypatch):
     monkeypatch.setattr(timing, "settle", settle)
     status, text = bench(capsys, "--op", "overhead,forward,decode", "-o", "json")
     rows = json.loads(text.out)
-    assert status == 1 and [row["op"] for row in rows] == ["overhead"] * 3 + ["forward"]
-    assert "illegal memory access" in rows[-1]["error"] and "ended after 1 of 3 cells" in text.err
+    assert status == 1 and [row["op"] for row in rows] == ["overhead"] * 5 + ["forward"]
+    assert "illegal memory access" in rows[-1]["error"] and "ended after 1 of 3 cases" in text.err
 
 
 def test_cells_can_be_listed_without_measuring(capsys):

@@ -17,7 +17,7 @@ def test_a_small_run_measures_every_operator_against_torchs_backends(capsys):
     text = capsys.readouterr()
     rows = json.loads(text.out)
     assert status == 0, text.err
-    assert [row["op"] for row in rows] == ["forward"] * 2 + ["varlen"] * 2 + ["decode"] + ["overhead"] * 3
+    assert [row["op"] for row in rows] == ["forward"] * 2 + ["varlen"] * 2 + ["decode"] + ["overhead"] * 5
     assert rows[0]["arch"] == ("sm90a" if torch.cuda.get_device_capability() == (9, 0) else "sm80")
     assert rows[1]["arch"] == "sm80"
     for row in rows[:2]:
@@ -36,3 +36,13 @@ def test_the_same_seed_gives_the_same_hash_twice(capsys):
         return [row["hash"] for row in json.loads(capsys.readouterr().out)]
 
     assert hashes() == hashes()
+
+
+def test_a_token_step_is_a_captured_graph_beside_its_floor(capsys):
+    flags = "--device cuda --rows 2,6 --tokens 40 --shape real --peers none -r 3 --warmup 1 -o json"
+    assert cli.main(["bench", "step", *flags.split()]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["rows"] for row in rows] == [2, 6]
+    for row in rows:
+        assert row["dtype"] == "bf16" and row["mb"] > 1000 and row["path"].startswith("step_")
+        assert 1.0 < row["floor_ratio"] < 30 and 1000 < row["floor_gbps"] < 6000 and row["gpu"]

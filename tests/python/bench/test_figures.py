@@ -31,7 +31,7 @@ def test_a_ratio_above_one_says_that_vivace_is_faster():
 def test_decoding_is_told_in_bytes_against_the_better_of_copy_and_read():
     cell = Cell("decode", d=64, heads=2, heads_kv=2, rows=1, kv=10)
     row = figures.row(cell, 1e9, [1e-3], {}, {"copy_gb_s": 4000, "read_gb_s": 3000})
-    assert row["gb_s"] == 1000 and row["percent_read"] == 25
+    assert row["gbps"] == 1000 and row["percent_read"] == 25
     assert "tflops" not in row and "best" not in row
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 import vivace.ops
-from vivace.bench import attention, peers, subject, tensors
+from vivace.bench import peers, run, subject, tensors
 from vivace.bench.cells import Cell
 
 
@@ -122,6 +122,6 @@ def test_the_family_is_the_one_that_the_last_call_ran_on():
 
 def test_a_gpu_that_is_not_there_is_an_error_with_the_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert attention.choose_device("auto") == "cpu"
+    assert run.choose_device("auto", "attention") == "cpu"
     with pytest.raises(ValueError, match="--device cuda: torch sees no CUDA device"):
-        attention.choose_device("cuda")
+        run.choose_device("cuda", "attention")

@@ -94,7 +94,7 @@ def test_errors_are_python_exceptions_that_name_the_argument(extension, engine, 
     with pytest.raises(ValueError, match="top_p is 7"):
         engine.submit(TEXT, voice=assets.voice, top_p=7)
     with pytest.raises(ValueError, match="capacity of 512"):
-        engine.submit(TEXT, voice=assets.voice, max_tokens=600)
+        engine.submit(text_tokens=[5] * 500, voice=assets.voice, max_tokens=1)
     with pytest.raises(ValueError, match=r"rng is .*expected philox or torch"):
         engine.submit(TEXT, voice=assets.voice, rng="dice")
     with pytest.raises(ValueError, match="either text or text_tokens"):
@@ -107,6 +107,58 @@ def test_errors_are_python_exceptions_that_name_the_argument(extension, engine, 
     closed.close()
     with pytest.raises(ValueError, match="closed"):
         closed.stats()
+
+
+def test_a_full_cache_row_ends_its_request_with_the_reason(engine, assets):
+    result = engine.wait(
+        engine.submit(TEXT, voice=assets.voice, temperature=100.0, min_p=0.0, max_tokens=4000, ignore_stop=True)
+    )
+    assert result.finish_reason == "length"
+    assert result.prompt_tokens + len(result.tokens) == 512
+    assert "capacity is 512 positions" in result.detail
+
+
+def test_a_voice_may_be_made_from_its_parts(engine, assets):
+    from safetensors.numpy import load_file
+
+    parts = load_file(assets.voice)
+    speaker, prompt = parts["t3.speaker_emb"][0], parts["t3.cond_prompt_speech_tokens"][0]
+    expected = engine.wait(engine.submit(TEXT, voice=assets.voice, max_tokens=8)).tokens
+    made = engine.make_voice(speaker.tolist(), prompt.tolist())
+    assert engine.wait(engine.submit(TEXT, voice=made, max_tokens=8)).tokens == expected
+    longer = engine.make_voice(speaker.tolist(), prompt.tolist() * 3)
+    assert len(engine.wait(engine.submit(TEXT, voice=longer, max_tokens=8, ignore_stop=True)).tokens) == 8
+    with pytest.raises(ValueError, match="speaker_emb has 3 numbers"):
+        engine.make_voice([0.0] * 3, [1])
+    with pytest.raises(ValueError, match=r"prompt_tokens\[1\] is 99999"):
+        engine.make_voice(speaker.tolist(), [1, 99999])
+    with pytest.raises(ValueError, match="prompt_tokens has 0 tokens"):
+        engine.make_voice(speaker.tolist(), [])
+
+
+def test_a_torch_generator_goes_on_from_the_state_it_is_given(engine, assets):
+    import torch
+
+    def tokens(**options):
+        return engine.wait(engine.submit(TEXT, voice=assets.voice, rng="torch", max_tokens=12, **options)).tokens
+
+    state = bytes(torch.Generator().manual_seed(5).get_state().tolist())
+    assert tokens(seed=99, generator_state=state) == tokens(seed=5) != tokens(seed=99)
+    with pytest.raises(ValueError, match="generator_state is no state of a generator of cpu"):
+        engine.submit(TEXT, voice=assets.voice, rng="torch", generator_state=b"1234")
+
+
+def test_fused_steps_give_the_tokens_of_steps_layer_by_layer(extension, assets):
+    tokens, options = [], {"tokenizer": assets.tokenizer, "device": "cpu", "max_requests": 1, "capacity": 256}
+    for fused in ("off", "on"):
+        with vivace.Engine(assets.model, fused_step=fused, **options) as one:
+            tokens.append(one.wait(one.submit(TEXT, voice=assets.voice, max_tokens=20)).tokens)
+            stats = one.stats()
+            assert stats["fused_steps"] == (stats["decode_steps"] if fused == "on" else 0)
+            assert bool(stats["not_fused"]) == (fused == "off")
+    assert tokens[0] == tokens[1]
+    with pytest.raises(ValueError, match="fused_step is"):
+        vivace.Engine(assets.model, fused_step="sometimes", **options)
 
 
 def test_stats_count_tokens(engine, assets):

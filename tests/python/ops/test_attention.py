@@ -268,6 +268,46 @@ def test_inputs_are_left_as_they_are(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mask", [{"causal": True}, {"window_left": 150, "window_right": 40}], ids=["causal", "window"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
+@pytest.mark.parametrize("family", [0, 80], ids=["auto", "sm80"])
+def test_bad_values_reach_no_row_that_does_not_see_them(family, head_dim, mask):
+    case = Case(device="cuda", dtype=torch.bfloat16)
+    seqlen_q, seqlen_k, column = 700, 1100, 9
+    q = case.randn(2, seqlen_q, 4, head_dim)
+    k, v = (case.randn(2, seqlen_k, 2, head_dim) for _ in range(2))
+    position = torch.arange(seqlen_q, device="cuda") + seqlen_k - seqlen_q
+    previous = OPS.force_arch(family)
+    try:
+        clean, clean_lse = OPS.attention(q, k, v, **mask)
+        for key, bad in ((1099, float("nan")), (640, float("inf")), (130, float("nan")), (512, -float("inf"))):
+            spoilt = v.clone()
+            spoilt[1, key, 1, column] = bad
+            sees = key <= position if "causal" in mask else (key <= position + 40) & (key >= position - 150)
+            out, lse = OPS.attention(q, k, spoilt, **mask)
+            assert torch.equal(lse, clean_lse)
+            touched = torch.zeros_like(clean, dtype=torch.bool)
+            touched[1, :, 2:, column] = sees[:, None]
+            assert torch.equal(out[~touched], clean[~touched]), f"key {key}"
+            assert not torch.isfinite(out[touched]).any(), f"key {key}"
+    finally:
+        OPS.force_arch(previous)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seqlen", [1, 63, 65, 129, 200, 257, 385, 513, 577, 640, 1025])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_tiles_with_few_rows(head_dim, seqlen):
+    """Warpgroups without rows, or that see half a block, between tiles that have all: 138 heads on up to 132 blocks."""
+    case = Case(device="cuda", dtype=torch.bfloat16)
+    q, k, v = (case.randn(3, seqlen, 46, head_dim) for _ in range(3))
+    for mask in ({}, {"causal": True}, {"window_left": 70, "window_right": 0}):
+        check(q, k, v, **mask)
+        check(q[:, : max(seqlen // 3, 1)], k, v, **mask)
+        check(q, k[:, : max(seqlen // 2, 1)], v[:, : max(seqlen // 2, 1)], **mask)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("batch_heads", [(70000, 1), (1, 70000)], ids=["batch", "heads"])
 def test_batch_and_heads_may_exceed_65535(batch_heads):
     batch, heads = batch_heads

@@ -348,6 +348,83 @@ def test_an_empty_cache_gives_zero_and_minus_infinity(case):
     assert (out == 0).all() and torch.isneginf(lse).all()
 
 
+@grid(
+    "kvcache_few_queries",
+    cpu=12,
+    cuda=60,
+    seqlen_q=(1, 2, 3, 8, 16, 32),
+    cuda_axes={"capacity": (700, 4000)},
+    capacity=(300,),
+    heads=((4, 4), (8, 2), (12, 2), (16, 1)),
+    head_dim=(64, 128, 256),
+    mask=("causal", "full"),
+    page_size=(None, 16, 64, 128),
+    layout=("contiguous", "permuted"),
+    num_splits=(0, 0, 5),
+)
+def test_few_queries_over_rows_of_lengths_that_differ(case):
+    (heads, heads_kv), batch, dim, capacity = case.heads, 7, case.head_dim, case.capacity
+    n = case.seqlen_q
+    lengths = [capacity - n, 0, 1, 17, capacity // 2, capacity - n - 1, 33]
+    options = {"cache_seqlens": case.int32(lengths), "num_splits": case.num_splits, **MASKS[case.mask]}
+    if case.page_size is not None:
+        options["block_table"], pages = paged_table(case, batch, -(-capacity // case.page_size), case.page_size)
+        caches = new_caches(case, pages, case.page_size, heads_kv, dim)
+    else:
+        caches = new_caches(case, batch, capacity, heads_kv, dim)
+    caches = [arrange(c, case.layout) for c in caches]
+    rows = torch.cat([torch.full((k,), b) for b, k in enumerate(lengths)])
+    keys = torch.cat([torch.arange(k) for k in lengths])
+    table = options.get("block_table")
+    for cache in caches:
+        values = torch.randn(len(rows), heads_kv, dim).to(cache)
+        if table is None:
+            cache[rows.to(cache.device), keys.to(cache.device)] = values
+        else:
+            pages = table.cpu()[rows, keys // case.page_size].long()
+            cache[pages.to(cache.device), (keys % case.page_size).to(cache.device)] = values
+    options["k"], options["v"] = (case.randn(batch, n, heads_kv, dim) for _ in range(2))
+    check(case.randn(batch, n, heads, dim), *caches, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [0, 7])
+@pytest.mark.parametrize("heads", [(16, 16), (32, 8)])
+def test_a_long_row_beside_short_ones(heads, num_splits):
+    case = Case(device="cuda", dtype=torch.bfloat16)
+    lengths = [20_000, 5, 300, 0, 1]
+    caches = [case.randn(5, 20_000, heads[1], 64) for _ in range(2)]
+    options = {"cache_seqlens": case.int32(lengths), "num_splits": num_splits}
+    q = case.randn(5, 1, heads[0], 64)
+    out, _ = check(q, *caches, **options)
+    for _ in range(20):
+        assert torch.equal(OPS.attention_with_kvcache(q, *caches, **options)[0], out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seqlen_q", [1, 4])
+def test_a_batch_entry_without_a_cache_row_gives_zero(seqlen_q):
+    case = Case(device="cuda", dtype=torch.bfloat16)
+    caches = [case.randn(3, 200, 2, 64) for _ in range(2)]
+    before = [c.clone() for c in caches]
+    q, k, v = (case.randn(3, seqlen_q, h, 64) for h in (4, 2, 2))
+    lengths = case.int32([100, 150, 7])
+    out, lse = OPS.attention_with_kvcache(q, *caches, k, v, lengths, cache_batch_idx=case.int32([2, -1, 0]))
+    assert (out[1] == 0).all() and torch.isneginf(lse[1]).all()
+    assert torch.isfinite(out).all() and torch.isfinite(lse[[0, 2]]).all()
+    assert torch.equal(caches[0][1], before[0][1])
+
+
+@pytest.mark.gpu
+def test_many_rows_in_one_batch():
+    case = Case(device="cuda", dtype=torch.float16)
+    batch = 5000  # more than one launch takes
+    caches = [case.randn(64, 40, 2, 64) for _ in range(2)]
+    lengths = torch.arange(batch, dtype=torch.int32, device="cuda") % 41
+    index = (torch.arange(batch, dtype=torch.int32, device="cuda") * 7) % 64
+    check(case.randn(batch, 1, 4, 64), *caches, cache_seqlens=lengths, cache_batch_idx=index)
+
+
 @grid("kvcache_no_batch", cpu=2, cuda=3)
 def test_an_empty_batch_gives_empty_outputs(case):
     caches = new_caches(case, 2, 40, 2, 64)
@@ -372,13 +449,13 @@ def test_twenty_runs_give_the_same_bits(case):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@grid("kvcache_alone", cpu=4, cuda=9, seqlen_q=(1, 5))
+@grid("kvcache_alone", cpu=4, cuda=18, seqlen_q=(1, 5), num_splits=(1, 3))
 def test_a_row_alone_gives_the_bits_it_has_in_the_batch(case):
     caches = [case.randn(4, 90, 2, 64) for _ in range(2)]
     lengths = [90, 3, 41, 77]
     q = case.randn(4, case.seqlen_q, 4, 64)
-    # On CUDA the number of splits follows the batch, so it is fixed here.
-    options = {"causal": True, "num_splits": 1}
+    # On CUDA the keys are otherwise cut into parts of equal work for the whole batch.
+    options = {"causal": True, "num_splits": case.num_splits}
     out, lse = OPS.attention_with_kvcache(q, *caches, cache_seqlens=case.int32(lengths), **options)
     for b in range(4):
         alone, alone_lse = OPS.attention_with_kvcache(

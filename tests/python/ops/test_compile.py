@@ -57,6 +57,28 @@ def sample_call(device):
     return args, (torch.tensor([1, 2], device=device), torch.tensor([0, 5], device=device))
 
 
+def sample_advance_call(device):
+    def whole(*values):
+        return torch.tensor(values, device=device)
+
+    args = (*sample_call(device)[0], whole(1, 2), whole(0, 5), whole(0, 0), whole(3, 4))
+    lengths = torch.tensor([7, 8, 9], dtype=torch.int32, device=device)
+    history = torch.zeros(2, 2, dtype=torch.int64, device=device)
+    return (*args, lengths, whole(1, 1), 100), {"history": history, "turn": whole(0, 1)}
+
+
+def decode_step_call(device):
+    if device == "cuda":
+        pytest.skip("the shapes that CUDA kernels take are run by test_decode_step.py")
+    sizes = ((11, 16), (7, 16), (2, 16), (2, 32, 16), (2, 16, 16), (2, 16), (2, 48, 16), (2, 16, 24), (16,), (11, 16))
+    weights = [randn(device, *size) for size in sizes]
+    whole = [torch.tensor(values) for values in ((1, 2), (1, 2), (0, 1, 1))]
+    args = (*whole, *weights, randn(device, 9, 4), randn(device, 9, 4), randn(device, 2, 4, 9, 1, 8))
+    args += (randn(device, 2, 4, 9, 1, 8), torch.tensor([0, 3, 8], dtype=torch.int32))
+    args += (torch.tensor([2, 0, 1], dtype=torch.int32), torch.zeros(0, dtype=torch.uint8))
+    return args, {"probes": torch.zeros(1, 3, 1, 9), "probe_layers": [1], "probe_heads": [0]}
+
+
 def backward_call(device):
     q, k, v = qkv(device)
     out, lse = OPS.attention(q, k, v, causal=True)
@@ -109,6 +131,8 @@ CALLS = {
     ),
     "silu_gate": (OPS.silu_gate, lambda d: ((randn(d, 3, 64),), {})),
     "sample": (OPS.sample, lambda d: ((*sample_call(d)[0], *sample_call(d)[1]), {})),
+    "sample_advance": (OPS.sample_advance, sample_advance_call),
+    "decode_step": (OPS.decode_step, decode_step_call),
     "sampling_probs": (OPS.sampling_probs, lambda d: (sample_call(d)[0], {})),
 }
 

@@ -204,6 +204,137 @@ def test_draws_over_many_steps_follow_the_probabilities(case):
     assert chi_square < 31.3, f"chi-square {chi_square:.1f} over {kept.sum() - 1} degrees of freedom"  # p = 0.001 at 11
 
 
+def pinned(t, device):
+    return t.pin_memory() if device == "cuda" else t
+
+
+class Moving:
+    """What sample_advance moves on, of a Batch."""
+
+    def __init__(self, batch, slots=0):
+        requests, device = len(batch.settings), batch.device
+        self.batch = batch
+        self.seen, self.step = batch.seen.clone(), batch.step.clone()
+        self.tokens = torch.full((requests,), -7, dtype=torch.int64, device=device)
+        self.positions = torch.arange(requests, device=device) + 10
+        self.seqlens = torch.arange(batch.logits.shape[0], dtype=torch.int32, device=device) * 3
+        self.advance = torch.ones(requests, dtype=torch.int64, device=device)
+        self.last_position = 10 + requests - 2  # the last two requests reach it
+        self.history = pinned(torch.full((slots, requests), -9), device) if slots else None
+        self.turn = torch.arange(requests, device=device) * 7 + 2 if slots else None
+
+    def sample_advance(self):
+        b = self.batch
+        moving = (self.tokens, self.positions, self.seqlens, self.advance, self.last_position)
+        history = (self.history, self.turn)
+        OPS.sample_advance(b.logits, b.rows, self.seen, *b.parameters.values(), b.seed, self.step, *moving, *history)
+
+
+@grid("sample_advance", cpu=4, cuda=12, vocab=(5, 1000, 8194, 8193, 14000))
+def test_sample_advance_draws_as_sample_does_and_moves_on(case):
+    batch = Batch(case, list(SETTINGS), case.vocab)
+    moving = Moving(batch, slots=4)
+    moving.advance[2] = 0
+    tokens = batch.sample()
+    moving.sample_advance()
+    assert torch.equal(moving.tokens, tokens)
+    assert torch.equal(moving.seen, batch.seen)
+    assert torch.equal(moving.step, batch.step + moving.advance)
+    requests = len(batch.settings)
+    start = torch.arange(requests, device=case.device) + 10
+    assert torch.equal(moving.positions, (start + moving.advance).clamp(max=moving.last_position))
+    expected = torch.arange(batch.logits.shape[0], dtype=torch.int32, device=case.device) * 3
+    for r, pair in enumerate(batch.rows.tolist()):
+        for row in pair:
+            if row >= 0:
+                expected[row] += int(moving.advance[r])
+    assert torch.equal(moving.seqlens, expected)
+    if case.device == "cuda":
+        torch.cuda.synchronize()
+    for r in range(requests):
+        column = [-9] * 4
+        column[(7 * r + 2) % 4] = int(tokens[r])
+        assert moving.history[:, r].tolist() == column
+        assert moving.turn[r] == 7 * r + 3
+
+
+@grid("sample_padding", cpu=2, cuda=4, vocab=(1000, 8194, 14000))
+def test_sample_advance_leaves_padding_alone(case):
+    batch = Batch(case, ["chatterbox", "nucleus", "greedy", "plain"], case.vocab)
+    expected = batch.sample()
+    batch.seen.zero_()
+    batch.rows[1:3] = -1
+    moving = Moving(batch, slots=1)
+    moving.seen.zero_()
+    before = [t.clone() for t in (moving.step, moving.positions)]
+    moving.sample_advance()
+    if case.device == "cuda":
+        torch.cuda.synchronize()
+    assert moving.tokens[1:3].tolist() == [-7, -7] and moving.history[0, 1:3].tolist() == [-9, -9]
+    assert moving.turn[1:3].tolist() == [9, 16] and moving.turn[3] == 24
+    assert moving.tokens[3] == expected[3]
+    assert moving.seen[1:3].sum() == 0 and moving.seen[3].sum() == 1
+    for now, then in zip((moving.step, moving.positions), before, strict=True):
+        assert torch.equal(now[1:3], then[1:3]) and now[0] == then[0] + 1
+
+
+def test_sample_advance_names_the_wrong_argument():
+    batch = Batch(Case(device="cpu", dtype=torch.float32), ["plain", "plain"], 50)
+    wrong = {
+        "tokens": (torch.zeros(3, dtype=torch.int64), "tokens has shape [3], expected [2] (requests)"),
+        "positions": (torch.zeros(2), "positions is float32, expected int64"),
+        "seqlens": (torch.zeros(3, dtype=torch.int32), "cache_seqlens has shape [3], expected [2] (rows of logits)"),
+        "history": (torch.zeros(4, 3, dtype=torch.int64), "history has shape [4, 3], expected [4, 2]"),
+        "turn": (None, "history and turn are given together"),
+        "last_position": (-1, "last_position is -1"),
+        "step": (torch.zeros(1, dtype=torch.int64).expand(2), "step is written in place, but it is expanded"),
+    }
+    for name, (value, text) in wrong.items():
+        moving = Moving(batch, slots=4)
+        setattr(moving, name, value)
+        with pytest.raises(RuntimeError) as error:
+            moving.sample_advance()
+        assert str(error.value).startswith("vivace.sample_advance: ") and text in str(error.value)
+
+
+@pytest.mark.gpu
+def test_history_in_memory_that_the_device_cannot_write_is_an_error():
+    batch = Batch(Case(device="cuda", dtype=torch.float32), ["plain"], 50)
+    moving = Moving(batch, slots=4)
+    moving.history = torch.zeros(4, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="history is on the CPU and not pinned"):
+        moving.sample_advance()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ["chatterbox", "plain", "nucleus"])
+def test_a_million_draws_on_cuda_follow_the_exact_probabilities(setting):
+    draws, vocab, calls = 1 << 16, 300, 16
+    batch = Batch(Case(device="cuda", dtype=torch.float32), [setting], vocab, 2.0)
+    exact = batch.expected(0)
+    assert exact.margin > 2e-5
+    batch.rows = batch.rows.expand(draws, 2).contiguous()
+    batch.parameters = {name: t.expand(draws) for name, t in batch.parameters.items()}
+    batch.seed = batch.seed.expand(draws)
+    seen, counts = batch.seen.expand(draws, vocab), torch.zeros(vocab, dtype=torch.int64, device="cuda")
+    for call in range(calls):
+        batch.seen, batch.step = seen.clone(), torch.arange(call * draws, (call + 1) * draws, device="cuda")
+        counts += torch.bincount(batch.sample(), minlength=vocab)
+    counts = counts.double().cpu().numpy()
+    assert counts[exact.probs == 0].sum() == 0
+    # Cells of at least ten expected draws; what is rarer counts together.
+    expected = draws * calls * exact.probs
+    common = expected >= 10
+    cells = [(counts[common], expected[common])]
+    if (~common).any() and expected[~common].sum() > 0:
+        cells.append((counts[~common].sum(keepdims=True), expected[~common].sum(keepdims=True)))
+    chi_square = sum(((n - e) ** 2 / e).sum() for n, e in cells)
+    freedom = sum(len(n) for n, _ in cells) - 1
+    # Wilson and Hilferty: the cube root of chi-square over its freedom is nearly normal.
+    z = ((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+    assert abs(z) < 4, f"chi-square {chi_square:.1f} over {freedom} degrees of freedom: {z:.1f} standard deviations"
+
+
 @grid("sample_nan", cpu=2, cuda=3, dtypes=("fp32",))
 def test_infinite_and_nan_logits_stay_in_their_request(case):
     batch = Batch(case, ["chatterbox", "plain", "chatterbox"], 400)

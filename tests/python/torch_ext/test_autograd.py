@@ -36,6 +36,43 @@ def test_attention_gradients_are_the_finite_differences(name):
     assert gradcheck(lambda *t: vivace.attention(*t, **OPTIONS[name]), qkv(), atol=1e-5)
 
 
+COMBINED = {
+    "causal_window_softcap": {"causal": True, "window_size": (3, 0), "softcap": 1.5},
+    "window_alibi": {"window_size": (1, 3), "alibi_slopes": OPTIONS["alibi"]["alibi_slopes"]},
+    "causal_bias_scale": {"causal": True, "bias": OPTIONS["bias"]["bias"], "softmax_scale": 0.7},
+    "hidden_dropout": {**OPTIONS["hidden"], **OPTIONS["dropout"]},
+}
+
+
+@pytest.mark.parametrize("seqlen_q", [5, 9])
+@pytest.mark.parametrize("name", COMBINED)
+def test_gradients_of_combined_options_are_the_finite_differences(name, seqlen_q):
+    options = COMBINED[name]
+    if seqlen_q == 9 and "bias" in options:
+        options = {**options, "bias": options["bias"][..., :1, :]}
+    assert gradcheck(lambda *t: vivace.attention(*t, **options), qkv(seqlen_q), atol=1e-5)
+
+
+def test_gradients_of_bias_and_of_packed_windows_are_the_finite_differences():
+    bias = torch.randn(1, 4, 5, 7, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda b, *t: vivace.attention(*t, bias=b, causal=True), (bias, *qkv()), atol=1e-5)
+    packed = tuple(torch.randn(11, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    cu = torch.tensor([0, 4, 4, 11], dtype=torch.int32)
+    options = {"causal": True, "window_size": (2, 0), "softcap": 2.0}
+    assert gradcheck(lambda *t: vivace.attention_varlen(*t, cu, cu, 7, 7, **options), packed, atol=1e-5)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_result_does_not_depend_on_whether_gradients_are_possible(context):
+    q, k, v = qkv()
+    expected = vivace.attention(q, k, v, causal=True).detach()
+    with context():
+        out = vivace.attention(q.detach(), k.detach(), v.detach(), causal=True)
+        with_leaves = vivace.attention(q, k, v, causal=True)
+    assert torch.equal(out, expected) and not out.requires_grad
+    assert torch.equal(with_leaves.detach(), expected) and with_leaves.requires_grad == (context is torch.enable_grad)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_recomputation_in_torch_equals_the_operator(name):
     q, k, v = qkv()

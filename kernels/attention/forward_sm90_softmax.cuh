@@ -1,0 +1,113 @@
+// Scores to probabilities in the registers of the sm90 forward kernel's consumers: masks and the online softmax.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/attention/forward_sm90_tile.cuh"
+
+namespace vivace::sm90 {
+
+/// ex2.approx
+__device__ __forceinline__ float exp2_sfu(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t pack(float lo, float hi, __nv_bfloat16) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+__device__ __forceinline__ uint32_t pack(float lo, float hi, __half) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+
+/// The online softmax of one thread's two rows (lane / 4 and lane / 4 + 8 of its warp's 16). Unlike OnlineSoftmax of
+/// softmax.cuh it works in two parts, and does not touch the output.
+struct Softmax {
+  float max[2] = {-INFINITY, -INFINITY};  // what the exponentials are relative to; 2^8 below the true maximum at most
+  float sum[2] = {0.0f, 0.0f};            // of this thread's columns only
+
+  /// Takes in the maxima of a block of scores. Returns whether a row's grew, and then by what output and sum are rescaled.
+  /// 2^8 of growth is let through: probabilities up to 256 are as precise, and the sum is in fp32. Until then no row asks
+  /// the other threads that share it.
+  template <bool kFirst, int kCount>
+  __device__ __forceinline__ bool take_maxima(const float (&s)[kCount], float scale_log2, float (&rescale)[2]) {
+    float block_max[2] = {s[0], s[2]};
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      block_max[0] = fmaxf(block_max[0], fmaxf(s[i], s[i + 1]));
+      block_max[1] = fmaxf(block_max[1], fmaxf(s[i + 2], s[i + 3]));
+    }
+    if constexpr (!kFirst) {
+      const bool grew = (block_max[0] - max[0]) * scale_log2 > 8.0f || (block_max[1] - max[1]) * scale_log2 > 8.0f;
+      if (!__any_sync(0xffffffffu, grew)) return false;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      block_max[r] = fmaxf(block_max[r], __shfl_xor_sync(0xffffffffu, block_max[r], 1));
+      block_max[r] = fmaxf(block_max[r], __shfl_xor_sync(0xffffffffu, block_max[r], 2));
+      const float before = max[r];
+      max[r] = kFirst ? block_max[r] : fmaxf(before, block_max[r]);
+      if constexpr (!kFirst) {
+        rescale[r] = max[r] == -INFINITY ? 1.0f : exp2_sfu((before - max[r]) * scale_log2);
+        sum[r] *= rescale[r];
+      }
+    }
+    return !kFirst;
+  }
+
+  /// Scores to probabilities, as the A operand of the product with V.
+  template <typename Element, int kCount>
+  __device__ __forceinline__ void exponentiate(float (&s)[kCount], float scale_log2, uint32_t (*p)[4]) {
+    const float m0 = max[0] == -INFINITY ? 0.0f : max[0] * scale_log2;
+    const float m1 = max[1] == -INFINITY ? 0.0f : max[1] * scale_log2;
+    float partial[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kCount; i += 8) {
+#pragma unroll
+      for (int j = i; j < i + 8; ++j) s[j] = exp2_sfu(fmaf(s[j], scale_log2, (j & 2) ? -m1 : -m0));
+#pragma unroll
+      for (int j = i; j < i + 8; j += 4) {
+        partial[0] += s[j] + s[j + 1];
+        partial[1] += s[j + 2] + s[j + 3];
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) p[i / 8][j] = pack(s[i + 2 * j], s[i + 2 * j + 1], Element{});
+    }
+    sum[0] += partial[0];
+    sum[1] += partial[1];
+  }
+};
+
+/// Hides keys that a row must not see. `column` is the first key of the block, `row` this thread's first query row. A thread
+/// has 2 columns of every 8, at most 32 a row: what a row sees is one word, whatever the mask.
+template <typename Traits, int kCount>
+__device__ __forceinline__ void mask_block(float (&s)[kCount], const ForwardArgs& args, const Tile<Traits>& tile, int row,
+                                           int column) {
+  using Word = std::conditional_t<(Traits::keys > 128), uint64_t, uint32_t>;
+  column += 2 * (static_cast<int>(threadIdx.x) & 3);
+  // Bits of this thread's columns before key `end`.
+  auto columns_before = [&](int end) {
+    end = min(max(end - column, 0), Traits::keys);
+    return static_cast<Word>((uint64_t{1} << (end / 8 * 2 + min(end % 8, 2))) - 1);
+  };
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int begin, end;
+    tile.visible(args, row + 8 * r, begin, end);
+    const Word seen = columns_before(end) & ~columns_before(begin);
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        if ((seen & (Word{1} << (2 * j + c))) == 0) s[4 * j + 2 * r + c] = -INFINITY;
+      }
+    }
+  }
+}
+
+}  // namespace vivace::sm90

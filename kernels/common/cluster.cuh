@@ -1,0 +1,52 @@
+// Thread block clusters and programmatic dependent launch of Hopper, one instruction a function.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common/ptx.cuh"
+
+namespace vivace::ptx {
+
+/// griddepcontrol.launch_dependents: once every block has done so (or ended), blocks of the next kernel may start. Nothing
+/// before sm_90.
+__device__ __forceinline__ void launch_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/// griddepcontrol.wait: until the kernel before has ended and what it wrote is visible. Nothing before sm_90, where kernels
+/// do not overlap.
+__device__ __forceinline__ void dependency_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace vivace::ptx
+
+namespace vivace::sm90 {
+
+/// %cluster_ctarank
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+/// barrier.cluster: all threads of all blocks of the cluster.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+/// mapa: the address in block `rank` of the cluster that corresponds to `address` in this one.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+/// st.async: 16 bytes to another block's shared memory, counted by a barrier of that block.
+__device__ __forceinline__ void store_async(uint32_t address, float a, float b, float c, float d, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "r"(__float_as_uint(a)), "r"(__float_as_uint(b)), "r"(__float_as_uint(c)), "r"(__float_as_uint(d)), "r"(barrier)
+      : "memory");
+}
+}  // namespace vivace::sm90

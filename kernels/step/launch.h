@@ -1,0 +1,24 @@
+// Launchers of the CUDA token step. Each launches on `stream`, allocates nothing and never synchronises, so it can be
+// captured in a CUDA graph. The device is the current one. *_supported answers for a shape on this device (pointers of
+// `params` are not looked at, but whether probes is null is), *_workspace says how many bytes of params.workspace the family
+// wants for it.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/step/step.h"
+
+namespace vivace {
+
+/// The whole step as one persistent kernel, for few rows. Its workspace does not depend on `rows`: csrc puts the chain's
+/// behind it.
+bool step_persistent_supported(const StepParams& params);
+size_t step_persistent_workspace(const StepParams& params);
+cudaError_t step_persistent(const StepParams& params, cudaStream_t stream);
+
+/// A chain of kernels under programmatic dependent launch, for any number of rows up to its limit.
+bool step_chain_supported(const StepParams& params);
+size_t step_chain_workspace(const StepParams& params);
+cudaError_t step_chain(const StepParams& params, cudaStream_t stream);
+
+}  // namespace vivace

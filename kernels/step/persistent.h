@@ -1,0 +1,82 @@
+// Sizes, shared memory and mailboxes of the persistent token step; see persistent.cuh for how they are used.
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/step/step.h"
+
+namespace vivace::step {
+
+/// A model of `kHeads` heads of 64, hidden = 64 * heads, intermediate = 4 * hidden, and at most `kRows` rows.
+template <int kHeads, int kRows>
+struct PersistentShape {
+  static constexpr int heads = kHeads, rows = kRows;
+  static constexpr int head_dim = 64;
+  static constexpr int hidden = head_dim * heads;
+  static constexpr int intermediate = 4 * hidden;
+  static constexpr int group = 8;                   // CTAs of one head
+  static constexpr int ctas = group * heads;        // each owns 8 of the hidden outputs and 32 of the intermediate ones
+  static constexpr int warps = heads / 2;           // consumers: 128 inputs each (512 of down's), two heads
+  static constexpr int threads = 32 * warps + 128;  // the producer is alone in a warpgroup, whose registers the others take
+  static constexpr int consumer_registers = 216;    // 2 warps of 216 and one of 40 in each quarter of the SM: 3 of 168
+  static constexpr int producer_registers = 40;
+
+  static constexpr int stage_bytes = 8 * hidden * 2;  // 8 rows of weights, or `chunk` keys and values
+  static constexpr int chunk = 8 * warps;             // keys of a stage: 8 a warp
+  static constexpr int slots = warps + 1;             // partial results of attention: a warp's, and the new key's
+  static constexpr int slot_floats = head_dim + 2;
+
+  static constexpr int passes = rows <= 2 ? 1 : 2;          // in which down's inputs are staged
+  static constexpr int gated_words = 256 / passes;          // a row and pass; two bf16 a word
+  static constexpr int staging_words = gated_words * rows;  // a warp
+
+  // Sums over warps alternate between three buffers; the last float of a row of a and b is the sum of squares.
+  static constexpr int row_a = 25, row_b = 65, row_c = 8;
+  static constexpr int sums_a = warps * rows * row_a;                                // QKV, output projection
+  static constexpr int sums_b = std::max(slots * slot_floats, warps* row_b) * rows;  // attention, gate/up, head
+  static constexpr int sums_c = warps * rows * row_c;                                // down
+  static constexpr int fixed_bytes = 4 * (warps * staging_words + rows * 32 + sums_b + sums_a + sums_c);
+  static constexpr int max_shared = 232448;
+  static constexpr int stages = std::min(16, (max_shared - fixed_bytes) / (stage_bytes + 16));
+  static constexpr int shared_bytes = stages * (stage_bytes + 16) + fixed_bytes;
+  static_assert(stages >= 9);
+};
+
+/// Mailboxes in the workspace, by offset in bytes; sized for all rows, so that they do not depend on `rows`.
+template <int kHeads>
+struct Mailboxes {
+  static constexpr int kMaxRows = 4;
+  using Shape = PersistentShape<kHeads, 1>;
+  static constexpr int x_packets = 2;               // a CTA and row: 8 inputs of the next product, their sum of squares
+  static constexpr int part_packets = 11;           // a CTA and row: 64 outputs of attention over its keys, log-sum-exp
+  static constexpr int heads_packets = 4 * kHeads;  // a CTA and row, in 16 bytes: 8 outputs of the projection from each head
+  static constexpr int gated_packets = 6;           // a CTA and row: 32 intermediate values
+  static constexpr size_t row_packets = size_t{16} * Shape::ctas * kMaxRows;
+  static constexpr size_t counter = 0;
+  static constexpr size_t heads_qkv = 256;                                         // uint2 (heads, rows, q|k|v, 32)
+  static constexpr size_t parts = heads_qkv + size_t{8} * kHeads * kMaxRows * 96;  // uint4 (rows, ctas, 11)
+  static constexpr size_t projected = parts + row_packets * part_packets;          // uint2 (rows, ctas, heads, 8)
+  static constexpr size_t x_out = projected + row_packets * heads_packets;         // uint4 (rows, ctas, 2)
+  static constexpr size_t x_down = x_out + row_packets * x_packets;                // uint4 (rows, ctas, 2)
+  static constexpr size_t gated = x_down + row_packets * x_packets;                // uint4 (rows, ctas, 6)
+  static constexpr size_t bytes = gated + row_packets * gated_packets;
+};
+
+/// Kernel argument. The maps read boxes of 64 inputs x 8 outputs x `heads` groups of 64 inputs, but for `out`; a stage each,
+/// swizzled by 128 bytes.
+struct PersistentArgs {
+  CUtensorMap qkv;      // 64 inputs, 32 outputs, half of a head, input group, head of q|k|v of a layer
+  CUtensorMap out;      // 64 inputs x 8 * heads outputs: inputs, outputs of all layers
+  CUtensorMap gate_up;  // 64 inputs, outputs of all layers, input group; and likewise:
+  CUtensorMap down;
+  CUtensorMap head;
+  StepParams p;
+  int32_t in_flight;  // stages that the copy engine may have under way at most; more would only queue, and delay the packets
+  uint32_t pace;      // cycles between two stages at least: no faster than memory can serve all CTAs
+  uint32_t zero;      // 0, but the compiler does not know
+};
+
+}  // namespace vivace::step

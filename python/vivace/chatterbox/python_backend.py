@@ -1,0 +1,72 @@
+"""Generation by the loop in Python, one request after the other."""
+
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+
+from vivace.chatterbox.errors import memory_error
+from vivace.chatterbox.loop import run
+from vivace.chatterbox.request import Outcome, Request
+from vivace.chatterbox.source import ModuleWeights
+from vivace.t3 import T3Config, load_model
+
+
+class PythonBackend:
+    """The loop over vivace's T3 module on the operators, or over T3's own module."""
+
+    def __init__(self, t3: nn.Module, config: T3Config, *, device: torch.device, dtype: torch.dtype, aligned: bool):
+        self.t3, self.config, self.device, self.aligned = t3, config, device, aligned
+        self.lock = threading.Lock()
+
+    def rows(self, request: Request) -> Any:
+        raise NotImplementedError
+
+    def generate(self, requests: list[Request]) -> list[Outcome]:
+        outcomes = []
+        for request in requests:
+            with self.lock:  # T3Cond and, for torch's default generator, the order of draws
+                try:
+                    outcomes.append(run(self.rows(request), request, self.t3.hp, self.device, self.aligned))
+                except (RuntimeError, MemoryError) as error:
+                    what = "vivace: out of memory while generating; the model is usable"
+                    raise memory_error(error, what) or error from None
+        return outcomes
+
+    def stats(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+class OperatorBackend(PythonBackend):
+    name = "operators"
+
+    def __init__(self, t3: nn.Module, config: T3Config, *, device: torch.device, dtype: torch.dtype, aligned: bool):
+        super().__init__(t3, config, device=device, dtype=dtype, aligned=aligned)
+        from vivace.library import load
+
+        load()
+        try:
+            self.model = load_model(ModuleWeights(t3), config, dtype).to(device)
+        except RuntimeError as error:
+            raise memory_error(error, "vivace: no room for T3's weights") or error from None
+
+    def rows(self, request: Request) -> Any:
+        from vivace.chatterbox.operator_rows import OperatorRows
+
+        return OperatorRows(self.model, self.config, request, self.aligned)
+
+    def close(self) -> None:
+        self.model = None
+
+
+class LlamaBackend(PythonBackend):
+    name = "transformers"
+
+    def rows(self, request: Request) -> Any:
+        from vivace.chatterbox.llama_rows import LlamaRows
+
+        return LlamaRows(self.t3, request, self.aligned)
