@@ -12,27 +12,9 @@
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/softmax.cuh"
 #include "kernels/common/device.h"
+#include "kernels/common/tensor_map.h"
 
 namespace vivace::sm90 {
-
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/// cuTensorMapEncodeTiled, found at run time: no link to libcuda.
-inline EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found) !=
-            cudaSuccess ||
-        found != cudaDriverEntryPointSuccess) {
-      pointer = nullptr;
-    }
-    return reinterpret_cast<EncodeTiled>(pointer);
-  }();
-  return function;
-}
 
 /// A (batch, rows, heads, head_dim) tensor, read or written in boxes of 64 columns and `box_rows` rows of one head;
 /// false where the engine cannot: addresses and strides are multiples of 16 bytes. Reads past an end give 0.

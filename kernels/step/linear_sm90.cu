@@ -1,31 +1,13 @@
 // Launches linear_sm90.cuh.
 #include <algorithm>
 
+#include "kernels/common/tensor_map.h"
 #include "kernels/common/vector.cuh"
 #include "kernels/step/linear_launch.h"
 #include "kernels/step/linear_sm90.cuh"
 
 namespace vivace {
 namespace {
-
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/// cuTensorMapEncodeTiled, found at run time: no link to libcuda.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found) !=
-            cudaSuccess ||
-        found != cudaDriverEntryPointSuccess) {
-      pointer = nullptr;
-    }
-    return reinterpret_cast<EncodeTiled>(pointer);
-  }();
-  return function;
-}
 
 /// Tiles of 64 features of a CTA, and CTAs that share the columns; fixed for a matrix, so that sums do not depend on rows.
 /// KiB of shared memory to 64 rows and beyond. 113 lets two CTAs run beside each other: one loads weights while the other
@@ -119,15 +101,16 @@ bool linear_sm90_supports(Matrix matrix, int64_t features, int64_t k) {
 }
 
 bool linear_sm90_map(CUtensorMap& map, DType dtype, const void* data, int64_t rows, int64_t columns, int box_rows) {
-  if (encode_tiled() == nullptr || !is_aligned_16(data)) return false;
+  if (sm90::encode_tiled() == nullptr || !is_aligned_16(data)) return false;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns * 2)};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t element_strides[2] = {1, 1};
-  return encode_tiled()(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                        2, const_cast<void*>(data), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return sm90::encode_tiled()(&map,
+                              dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                              2, const_cast<void*>(data), sizes, strides, box, element_strides,
+                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 cudaError_t linear_sm90(Matrix matrix, DType dtype, const LinearArgs& args, const CUtensorMap& weight, const CUtensorMap& x,

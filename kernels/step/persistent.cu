@@ -1,6 +1,7 @@
 // Launcher of the persistent token step: what it covers, its workspace and its tensor maps.
 #include <algorithm>
 
+#include "kernels/common/tensor_map.h"
 #include "kernels/step/launch.h"
 #include "kernels/step/persistent.cuh"
 
@@ -9,33 +10,14 @@ namespace {
 
 using namespace step;
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-/// cuTensorMapEncodeTiled, found at run time: no link to libcuda.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found) !=
-            cudaSuccess ||
-        found != cudaDriverEntryPointSuccess) {
-      pointer = nullptr;
-    }
-    return reinterpret_cast<EncodeTiled>(pointer);
-  }();
-  return function;
-}
-
 template <int kDims>
 bool encode(CUtensorMap& map, const void* data, const cuuint64_t (&sizes)[kDims], const cuuint64_t (&strides)[kDims - 1],
             const cuuint32_t (&box)[kDims]) {
   cuuint32_t element_strides[kDims];
   std::fill_n(element_strides, kDims, 1u);
-  return encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kDims, const_cast<void*>(data), sizes, strides, box,
-                        element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return sm90::encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kDims, const_cast<void*>(data), sizes, strides, box,
+                              element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 /// A matrix (outputs, inputs) in boxes of 8 outputs and `groups` groups of 64 inputs.
@@ -114,7 +96,7 @@ bool step_persistent_supported(const StepParams& p) {
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return major == 9 && minor == 0 && multiprocessors >= 8 * p.heads && encode_tiled() != nullptr;
+  return major == 9 && minor == 0 && multiprocessors >= 8 * p.heads && sm90::encode_tiled() != nullptr;
 }
 
 size_t step_persistent_workspace(const StepParams& p) { return p.heads == 16 ? Mailboxes<16>::bytes : Mailboxes<4>::bytes; }

@@ -16,6 +16,7 @@ from vivace.imports import when_imported
 
 logger = logging.getLogger("vivace")
 _WORDS = ("auto", "flash_attention_2", "sdpa", "eager")
+_started: set[str] = set()  # what has been arranged: Python may read the .pth of several directories
 
 
 def start(value: str | None = None) -> None:
@@ -23,6 +24,9 @@ def start(value: str | None = None) -> None:
     value = os.environ.get("VIVACE_ENABLE", "") if value is None else value
     words = [word for word in value.replace(" ", "").split(",") if word]
     for word in words:
+        if word in _started:
+            continue
+        _started.add(word)
         if word in _WORDS:
             when_imported("transformers.modeling_utils", lambda module, word=word: _enable(word))
             when_imported("chatterbox.models.t3.t3", lambda module, word=word: _chatterbox(word))

@@ -32,7 +32,8 @@ def test_the_program_gets_what_the_variable_says_once_it_imports_transformers():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
 def test_what_cannot_be_is_one_warning_and_the_program_goes_on():
-    code = "import transformers.modeling_utils, vivace\nprint(vivace.enabled())"
+    code = "vivace.startup.start()\n"  # once more, as where two directories have the .pth
+    code += "import transformers.modeling_utils, vivace\nprint(vivace.enabled())"
     result = run(code, "flash_attention_2,fast")
     assert result.stdout.split() == ["None"]
     assert result.stderr.count("VIVACE_ENABLE=flash_attention_2: vivace: flash_attention_2 was asked for, but") == 1
