@@ -1,6 +1,7 @@
 """The steps of .ci/gpu: each in its own process, time-limited; all run whatever fails; a table last."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -18,34 +19,33 @@ OUT = Path(os.environ.get("OUT") or ROOT / "docs/results")
 STEPS = ("tests", "sanitize", "engine", "chatterbox", "bench")
 #: Name -> (file in $OUT, `vivace bench`'s arguments, seconds it may take); a run that is cut off keeps what it has, and
 #: runs of one file add to it.
-STEP = ["step", "-r", "9", "--tokens"]
+STEP = ["step", "-r", "9", "--arch", "auto,80", "--tokens"]
 BENCHES = {
-    "step-peers": ("step-h200", [*STEP, "300", "--rows", "1,40", "--arch", "auto,80", "--peers", "compile,eager"], 90),
-    "step": ("step-h200", [*STEP, "300", "--rows", "2,128", "--arch", "auto,80", "--peers", "compile,eager"], 90),
-    "step-rows": ("step-h200", [*STEP, "300", "--rows", "1,40", "--arch", "auto,80", "--peers", "none"], 30),
-    "step-lengths": ("step-h200", [*STEP, "1000,3000", "--rows", "2,128", "--peers", "none"], 30),
-    "generate": ("generate-h200", ["generate", "--peers", "eager", "--peer-repetitions", "1"], 100),
-    "generate-peers": (
-        "generate-peers-h200",
-        ["generate", "--batch", "1", "--peers", "eager,sdpa,compiled", "--peer-repetitions", "1"],
-        110,
-    ),
+    "step": ("step-h200", [*STEP, "300", "--rows", "1,2,40,128", "--peers", "compile,eager"], 200),
+    "generate": ("generate-h200", ["generate", "--peers", "eager,sdpa,compiled", "--peer-repetitions", "1"], 240),
     "forward": (
         "attention-h200",
         ["attention", "--preset", "h200", "--op", "forward", "--arch", "auto,80", "--peers", "cudnn,fa2", "-r", "9"],
         60,
     ),
     "decode": ("decode-h200", ["attention", "--preset", "h200", "--op", "decode,overhead", "-r", "9"], 45),
-    "extra": ("attention-extra-h200", ["attention", "--preset", "extra"], 80),
+    "step-lengths": ("step-h200", [*STEP, "1000,3000", "--rows", "2,128", "--peers", "eager"], 50),
+    "cards": ("cards-h200", ["generate", "--vram", "8,12,16,24", "--peers", "none", "-r", "1"], 90),
+    "extra": ("attention-extra-h200", ["attention", "--preset", "extra", "-r", "7"], 70),
 }
-#: Run only where they are named: torch.compile takes half a minute for each number of rows.
-NAMED = ("step-peers", "generate-peers", "extra")
-#: compute-sanitizer's tools, and what each leaves out; tests/python/ops/sanitize.py says why.
+#: compute-sanitizer's tools, what each leaves out, and what tests/python/ops/sanitize.py, which says why, is told.
 SANITIZERS = {
-    "memcheck": [],
-    "racecheck": [],
-    "initcheck": ["--kernel-name-exclude", "kernel_substring=decode_kernel"],
-    "synccheck": ["--kernel-name-exclude", "kernel_substring=persistent_kernel"],
+    "memcheck": ([], []),
+    "racecheck": ([], ["--brief"]),
+    "initcheck": ([], ["--brief", "--whole-rows"]),
+    "synccheck": (["--kernel-name-exclude", "kernel_substring=persistent_kernel"], ["--brief"]),
+}
+#: Package -> tests that need it.
+INTEGRATIONS = {
+    "transformers": tuple(
+        f"integrations/test_{name}.py" for name in ("models", "flash_attn", "torch_sdpa", "shim", "enable")
+    ),
+    "chatterbox": ("chatterbox/test_on_cuda.py",),
 }
 PARALLEL = 6  # processes that share the GPU; benchmarks run alone
 CHECK_SECONDS = 280  # tests and sanitizer together
@@ -75,6 +75,9 @@ def run(name, command, seconds, **environment):
         except subprocess.TimeoutExpired:
             end(process)
             code = "timeout"
+        except KeyboardInterrupt:
+            end(process)
+            raise
         except OSError as error:
             log_file.write(str(error))
             code = "not run"
@@ -121,8 +124,9 @@ def run_tests(path, deadline):
 
 def run_sanitizer(tool, deadline):
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    command = [program, "--tool", tool, *SANITIZERS[tool], "--error-exitcode", "9", "--print-limit", "20"]
-    command += [sys.executable, "tests/python/ops/sanitize.py", *(["--brief"] if tool != "memcheck" else [])]
+    left_out, told = SANITIZERS[tool]
+    command = [program, "--tool", tool, *left_out, "--error-exitcode", "9", "--print-limit", "20"]
+    command += [sys.executable, "tests/python/ops/sanitize.py", *told]
     record = run(tool, command, deadline - time.monotonic(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     lines = record["log"].splitlines()
     summary = [line.strip("= ") for line in lines if "SUMMARY" in line]
@@ -202,7 +206,8 @@ def describe_machine():
 
 
 def main():
-    steps = sys.argv[1:] or STEPS
+    resumed = "--resume" in sys.argv
+    steps = [step for step in sys.argv[1:] if step != "--resume"] or STEPS
     unknown = [step for step in steps if step not in (*STEPS, *BENCHES)]
     if unknown:
         sys.exit(
@@ -224,6 +229,8 @@ def main():
         if "tests" in steps:
             paths = sorted((ROOT / "tests/python/ops").glob("test_*.py"), key=lambda p: -p.stat().st_size)
             paths.append(ROOT / "tests/python/bench/test_cuda.py")
+            for package, tests in INTEGRATIONS.items():
+                paths += [ROOT / "tests/python" / name for name in tests if importlib.util.find_spec(package)]
             jobs += [pool.submit(run_tests, path, deadline) for path in paths if path.stem != "test_reference"]
         for job in jobs:
             records.append(job.result())
@@ -235,9 +242,9 @@ def main():
     if "chatterbox" in steps:
         records.append(run_chatterbox())
         print(f"\n== chatterbox\n{records[-1]['log'].strip()[-3000:]}")
-    wanted = [what for what in BENCHES if what in steps or ("bench" in steps and what not in NAMED)]
+    wanted = [what for what in BENCHES if what in steps or "bench" in steps]
     files = list(dict.fromkeys(OUT / f"{BENCHES[what][0]}.json" for what in wanted))
-    for path in files:
+    for path in files if not resumed else ():
         path.unlink(missing_ok=True)  # written case by case: an old one is not to be taken for a new one
     for what in wanted:
         records.append(run_bench(what))

@@ -29,9 +29,6 @@ constexpr int64_t kMaxDecodeRows = 32;
 constexpr int64_t kMaxDecodeRowsFp32 = 16;
 constexpr int64_t kMaxDecodeRowsOfFew = 256;
 
-/// Up to so many bytes of cache a decode call is launched as a programmatic dependent.
-constexpr int64_t kMaxDependentBytes = int64_t{16} << 20;
-
 int64_t decode_rows_of(const AttentionParams& p) { return p.seqlen_q * (p.heads / p.heads_kv); }
 
 bool use_decode(const AttentionParams& p, int64_t multiprocessors) {
@@ -107,9 +104,7 @@ int64_t plan_attention(AttentionParams& p, DeviceType device, [[maybe_unused]] i
   const CudaDevice cuda = cuda_device(device_index);
   p.multiprocessors = cuda.multiprocessors;
   p.arch = cuda.capability == 90 && forced_arch() != 80 ? 90 : 80;
-  // Starting early hides up to 0.6 us; a launch that fills the processors for longer gains nothing and lost 1 to 2 %.
-  const int64_t kv_bytes = p.batch * p.seqlen_k * p.heads_kv * (p.head_dim + p.head_dim_v) * size_of(p.dtype);
-  p.dependent = cuda.capability >= 90 && kv_bytes <= kMaxDependentBytes;
+  p.dependent = cuda.capability >= 90;  // where it pays; the launchers know
   if (!use_decode(p, p.multiprocessors)) {
     p.num_splits = 1;
   } else if (p.num_splits == 0 && p.dtype == DType::kFloat32) {

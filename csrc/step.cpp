@@ -140,7 +140,7 @@ void check_probes(const Checker& check, const StepArgs& a, StepParams& p) {
 #ifdef VIVACE_WITH_CUDA
 
 /// Up to this many rows the persistent kernel is the faster one where both take the step (docs/performance.md).
-[[maybe_unused]] constexpr int64_t kPersistentRows = 2;
+[[maybe_unused]] constexpr int64_t kPersistentRows = 4;
 
 /// The chain's part of the workspace begins behind the persistent kernel's, which is the same for any number of rows.
 constexpr size_t kRegionAlignment = 1024;

@@ -8,11 +8,19 @@
 #include <algorithm>
 #include <charconv>
 #include <fstream>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <tuple>
 
 #include "host/error.h"
 #include "host/operators.h"
 
 #ifdef VIVACE_WITH_CUDA
+#if __has_include(<cublas_v2.h>) && __has_include(<cusparse.h>) && __has_include(<cusolverDn.h>)
+#include <ATen/cuda/CUDAContextLight.h>
+#define VIVACE_WITH_CUBLAS_WORKSPACES 1
+#endif
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -133,14 +141,37 @@ at::Tensor upload(const std::vector<int64_t>& values, c10::Device device) {
   return upload_values(values, device, at::kLong);
 }
 
-struct StreamScope::Guard {
 #ifdef VIVACE_WITH_CUDA
+/// A stream of our own: torch's pool makes 128 at once, which takes 70 MB of the device.
+struct StreamScope::Guard {
   explicit Guard(c10::Device device)
-      : stream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index())), scope(stream) {}
-  c10::cuda::CUDAStream stream;
-  c10::cuda::CUDAStreamGuard scope;
+      : on_device(device), stream(make()), scope(c10::cuda::getStreamFromExternal(stream, device.index())) {}
+  ~Guard() {
+    forget_workspaces();
+    scope.reset();
+    (void)cudaStreamDestroy(stream);
+  }
+  static cudaStream_t make() {
+    cudaStream_t made = nullptr;
+    C10_CUDA_CHECK(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking));
+    return made;
+  }
+  /// torch keeps a workspace of cuBLAS for every stream that has used it, for ever.
+  void forget_workspaces() const {
+#ifdef VIVACE_WITH_CUBLAS_WORKSPACES
+    for (auto* kept : {&at::cuda::cublas_handle_stream_to_workspace(), &at::cuda::cublaslt_handle_stream_to_workspace()}) {
+      const std::unique_lock lock(kept->mutex);
+      std::erase_if(kept->map, [&](const auto& entry) { return std::get<1>(entry.first) == stream; });
+    }
 #endif
+  }
+  c10::cuda::CUDAGuard on_device;
+  cudaStream_t stream;
+  std::optional<c10::cuda::CUDAStreamGuard> scope;
 };
+#else
+struct StreamScope::Guard {};
+#endif
 
 void shrink_stack([[maybe_unused]] c10::Device device) {
 #ifdef VIVACE_WITH_CUDA
@@ -171,7 +202,7 @@ StreamScope::~StreamScope() = default;
 
 void StreamScope::synchronize() const {
 #ifdef VIVACE_WITH_CUDA
-  if (guard_) guard_->stream.synchronize();
+  if (guard_) C10_CUDA_CHECK(cudaStreamSynchronize(guard_->stream));
 #endif
 }
 

@@ -30,7 +30,7 @@ struct EngineOptions {
   int64_t max_rows = 0;         // rows of the KV cache; 0: two for each request (guided requests need two, others one)
   int64_t capacity = 2048;      // positions a row can hold: prompt and generated tokens
   int64_t max_queue = 256;      // requests waiting; submit throws beyond
-  int64_t max_prefill = 4096;   // positions in one prefill, whose buffers they size; a longer prompt goes alone
+  int64_t max_prefill = 2048;   // positions in one prefill, whose buffers they size; a longer prompt goes alone
   int threads = 0;              // torch's intra-op threads (process-wide); 0: leave as is
   bool cuda_graphs = true;      // VIVACE_CUDA_GRAPHS=0 in the environment turns them off as well
   // Decode steps by vivace::decode_step, which is the whole decoder in one operator, instead of layer by layer. "auto": on

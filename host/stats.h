@@ -14,6 +14,7 @@ struct Stats {
   int64_t queued = 0, running = 0;                                 // now
   int64_t submitted = 0, finished = 0, cancelled = 0, failed = 0;  // so far; finished counts stop and length
   int64_t prompt_tokens = 0;                                       // positions prefilled, rows counted singly
+  int64_t prompt_tokens_reused = 0;                                // of them, copied from earlier prompts of their voice
   int64_t generated_tokens = 0;                                    // delivered
   int64_t decode_steps = 0, decode_rows = 0;                       // rows over all steps: rows / steps is the mean batch
   int64_t graph_replays = 0, graph_captures = 0, eager_steps = 0;  // decode steps by how they ran

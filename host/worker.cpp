@@ -18,9 +18,6 @@ namespace {
 
 constexpr const char* kOp = "engine";
 
-// Prompts of one request are padded to multiples of kPromptStep positions, each of which is a graph, up to kPromptGraphs.
-constexpr int64_t kPromptStep = 32, kPromptGraphs = 256;
-
 bool graphs_wanted(const EngineOptions& options) {
   const char* flag = std::getenv("VIVACE_CUDA_GRAPHS");
   return options.cuda_graphs && (flag == nullptr || std::string_view(flag) != "0");
@@ -109,9 +106,6 @@ void Engine::Worker::load() {
   }
   if (graphs) {
     prompt_graphs = std::make_unique<StepGraphs>();
-    prompt_x = at::zeros({2 * kPromptGraphs, manifest.model.hidden_size},
-                         at::TensorOptions().dtype(model->dtype()).device(model->device()));
-    prompt_layout = at::zeros({7}, at::TensorOptions().dtype(at::kInt).device(model->device()));
   }
   synchronize(model->device());
   const auto loaded = Clock::now();
@@ -207,10 +201,7 @@ void Engine::Worker::warm_up() {
   }
   const int64_t rows = std::min<int64_t>(options.max_rows, 2);
   if (probes.defined()) prepare(padded_shape(1, rows, /*plain=*/false, /*aligned=*/true));
-  for (int64_t length = kPromptStep; prompt_graphs && length <= std::min(kPromptGraphs, options.capacity);
-       length += kPromptStep) {
-    for (int64_t m = 1; m <= rows; ++m) warm_up_prompts(m, length);
-  }
+  warm_up_prompts();
   release_memory(device);  // what eager runs took
 
   // Whole requests, through everything that they pass: a prompt's embedding, staging memory, events.
@@ -247,18 +238,6 @@ void Engine::Worker::warm_up() {
   stats = before;
 }
 
-/// Captures a prefill of `rows` prompts of up to `length` positions.
-void Engine::Worker::warm_up_prompts(int64_t rows, int64_t length) {
-  std::vector<int32_t> layout(static_cast<size_t>(prompt_layout.numel()));
-  for (int32_t row = 0; row < rows; ++row) {
-    layout[static_cast<size_t>(row + 1)] = (row + 1) * static_cast<int32_t>(length);
-    layout[static_cast<size_t>(row + 3)] = row;
-  }
-  prompt_layout.copy_(upload(layout, model->device()));
-  prompt_graphs->prepare({length, rows, /*sampled=*/false, /*probes=*/false, /*fused=*/false},
-                         [&, rows, length] { return prompt_step(rows, length); });
-}
-
 /// False when the engine is to stop; everything that was submitted has then been finished.
 bool Engine::Worker::wait_for_work() {
   std::unique_lock lock(mutex);
@@ -269,136 +248,6 @@ bool Engine::Worker::wait_for_work() {
   }
   queue.clear();
   return false;
-}
-
-void Engine::Worker::admit() {
-  const std::lock_guard lock(mutex);
-  int64_t positions = 0;
-  while (!queue.empty()) {
-    const JobPtr job = queue.front();
-    const int64_t rows = job->guided() ? 2 : 1;
-    positions += rows * job->prompt_tokens;
-    const int64_t requests = batch->size() + static_cast<int64_t>(admitted.size());
-    if (requests >= options.max_requests || rows > cache->free_rows()) break;
-    if ((positions > options.max_prefill || options.deterministic) && !admitted.empty()) break;
-    queue.pop_front();
-    job->cond_row = cache->take();
-    if (job->guided()) job->uncond_row = cache->take();
-    job->admitted = Clock::now();
-    job->last_token = manifest.speech.start_token;
-    job->result.status = Status::kRunning;
-    job->result.prompt_tokens = job->prompt_tokens;
-    --stats.queued;
-    ++stats.running;
-    admitted.push_back(job);
-  }
-}
-
-at::Tensor Engine::Worker::voice_embedding(const Request& request) {
-  std::erase_if(voices, [](const VoiceEmbedding& v) { return v.voice.expired(); });
-  for (const VoiceEmbedding& v : voices) {
-    if (v.voice.lock() == request.voice && v.exaggeration == request.exaggeration) return v.embedding;
-  }
-  voices.push_back({request.voice, request.exaggeration, model->encode_voice(*request.voice, request.exaggeration)});
-  return voices.back().embedding;
-}
-
-/// Prompts (length, hidden) of cache rows through the model: the logits (rows, vocab) after each. cu_seqlens: where they
-/// begin, one after the other. One or two short ones, which is one request, replay a graph: some 300 kernels of a few
-/// microseconds each would wait for the host otherwise.
-at::Tensor Engine::Worker::run_prompts(const std::vector<at::Tensor>& prompts, const std::vector<int32_t>& cu_seqlens,
-                                       const std::vector<int32_t>& cache_rows, int64_t max_seqlen,
-                                       const std::optional<at::Tensor>& frames) {
-  const int64_t rows = static_cast<int64_t>(prompts.size());
-  const int64_t length = (max_seqlen + kPromptStep - 1) / kPromptStep * kPromptStep;
-  if (!prompt_graphs || frames || rows > 2 || length > kPromptGraphs || length > cache->capacity()) {
-    const at::Tensor cu = upload(cu_seqlens, model->device());  // (rows + 1)
-    const at::Tensor hidden = model->forward(at::cat(prompts), cache->k(), cache->v(), at::zeros({rows}, cu.options()),
-                                             upload(cache_rows, model->device()), cu, max_seqlen, frames);
-    return model->logits(hidden.index_select(0, cu.narrow(0, 1, rows) - 1));
-  }
-  for (size_t i = 0; i < prompts.size(); ++i) {
-    prompt_x.narrow(0, cu_seqlens[i], prompts[i].size(0)).copy_(prompts[i]);
-  }
-  std::vector<int32_t> layout = cu_seqlens;
-  layout.resize(3);
-  layout.insert(layout.end(), cache_rows.begin(), cache_rows.end());
-  layout.resize(static_cast<size_t>(prompt_layout.numel()));
-  prompt_layout.copy_(upload(layout, model->device()));
-  return prompt_graphs->run({length, rows, /*sampled=*/false, /*probes=*/false, /*fused=*/false},
-                            [&, rows, length] { return prompt_step(rows, length); });
-}
-
-/// From prompt_x and prompt_layout to logits (rows, vocab): device work only. What lies behind the prompts is computed
-/// along, and seen by none.
-at::Tensor Engine::Worker::prompt_step(int64_t rows, int64_t length) {
-  const at::Tensor cu = prompt_layout.narrow(0, 0, rows + 1), cache_rows = prompt_layout.narrow(0, 3, rows);
-  const at::Tensor hidden = model->forward(prompt_x.narrow(0, 0, rows * length), cache->k(), cache->v(),
-                                           prompt_layout.narrow(0, 5, rows), cache_rows, cu, length, std::nullopt);
-  return model->logits(hidden.index_select(0, cu.narrow(0, 1, rows) - 1));
-}
-
-/// All admitted prompts in one ragged forward: conditional rows first, then the unconditional ones, as in the batch.
-void Engine::Worker::prefill() {
-  if (admitted.empty()) return;
-  const auto start = Clock::now();
-  const at::Device device = model->device();
-  const int64_t first = batch->size(), requests = static_cast<int64_t>(admitted.size());
-  bool plain = true, aligned = false;
-  std::vector<at::Tensor> prompts, unguided;
-  std::vector<int32_t> cu_seqlens{0}, cache_rows;
-  std::vector<int32_t> uncond_rows;
-  std::vector<int32_t> logit_rows;  // (requests, 2)
-  int64_t max_seqlen = 0;
-  for (int64_t r = 0; r < requests; ++r) {
-    Job& job = *admitted[static_cast<size_t>(r)];
-    Request& request = job.request;
-    if (request.alignment && !manifest.alignment_heads.empty()) {
-      job.alignment.emplace(static_cast<int64_t>(request.text_tokens.size()));
-    }
-    plain = plain && job.plain();
-    aligned = aligned || job.alignment.has_value();
-    const at::Tensor voice = voice_embedding(request);
-    prompts.push_back(model->embed_prompt(voice, request.text_tokens, /*drop_text=*/false));
-    cache_rows.push_back(job.cond_row);
-    logit_rows.push_back(static_cast<int32_t>(r));
-    logit_rows.push_back(job.guided() ? static_cast<int32_t>(requests + static_cast<int64_t>(unguided.size())) : -1);
-    if (job.guided()) {
-      unguided.push_back(model->embed_prompt(voice, request.text_tokens, /*drop_text=*/true));
-      uncond_rows.push_back(job.uncond_row);
-    }
-    check(prompts.back().size(0) == job.prompt_tokens, kOp, "the model made a prompt of ", prompts.back().size(0),
-          " positions, its manifest says ", job.prompt_tokens);
-    max_seqlen = std::max(max_seqlen, job.prompt_tokens);
-  }
-  prompts.insert(prompts.end(), unguided.begin(), unguided.end());
-  cache_rows.insert(cache_rows.end(), uncond_rows.begin(), uncond_rows.end());
-  for (const at::Tensor& prompt : prompts) cu_seqlens.push_back(cu_seqlens.back() + static_cast<int32_t>(prompt.size(0)));
-  const int64_t rows = static_cast<int64_t>(prompts.size());
-
-  std::optional<at::Tensor> frames;  // (heads, rows, 2, capacity): the two start-of-speech positions
-  if (aligned) frames = at::zeros({probes.size(0), rows, 2, cache->capacity()}, probes.options());
-  const at::Tensor logits = run_prompts(prompts, cu_seqlens, cache_rows, max_seqlen, frames);
-
-  for (const JobPtr& job : admitted) batch->add(job);
-  const std::vector<JobPtr> started = std::move(admitted);
-  admitted.clear();
-  batch->upload();
-  StepState state = batch->state(first, requests, 0);
-  state.logit_rows = upload(logit_rows, device).view({requests, 2});
-  if (plain) {
-    sample_plain(logits, state);
-  } else {
-    sample_any(logits, state, at::tensor(at::ArrayRef<int32_t>(logit_rows), at::kInt).view({requests, 2}), started, frames,
-               manifest);
-  }
-  for (const JobPtr& job : started) job->issued = 1;
-  batch->touch();
-  pending.push_back({started, Readback(state.tokens)});
-
-  const std::lock_guard lock(mutex);
-  stats.prompt_tokens += cu_seqlens.back();
-  stats.prefill_seconds += seconds_between(start, Clock::now());
 }
 
 /// The step that a batch of `requests` and `rows` runs as. Graphs are captured for few shapes, so it is padded to one.

@@ -20,6 +20,7 @@
 #include "host/kv_cache.h"
 #include "host/model.h"
 #include "host/readback.h"
+#include "host/voice_cache.h"
 
 namespace vivace {
 
@@ -61,9 +62,9 @@ struct Engine::Worker {
   std::unique_ptr<KvCache> cache;
   std::unique_ptr<Batch> batch;
   std::unique_ptr<StepGraphs> graphs;         // null: every step eager
-  std::unique_ptr<StepGraphs> prompt_graphs;  // prefills of one request, by rows and padded length; null: all eager
-  at::Tensor prompt_x;                        // (2 * longest, hidden): the prompts one after the other
-  at::Tensor prompt_layout;                   // (7) int32: cu_seqlens (3), cache rows (2), zeros (2)
+  std::unique_ptr<StepGraphs> prompt_graphs;  // prefills of one request, by positions and rows; null: all eager
+  at::Tensor prompt_x;                        // (positions, hidden): what is new of the prompts, one after the other
+  at::Tensor prompt_layout;                   // (7) int32: cu_seqlens (3), cache rows (2), positions that are there (2)
   at::Tensor workspace;                       // of decode_step, uint8
   int64_t fused_rows = 0;                     // rows of a step up to which decode_step takes it; 0: never
   int64_t fused_probe_rows = 0;               // likewise with probes
@@ -71,12 +72,7 @@ struct Engine::Worker {
   std::vector<JobPtr> admitted;  // waiting for their prefill
   std::deque<Pending> pending;
   at::Tensor probes;  // (alignment heads, rows, 1, capacity) fp32 of decode steps; undefined without alignment heads
-  struct VoiceEmbedding {
-    std::weak_ptr<const Voice> voice;
-    float exaggeration;
-    at::Tensor embedding;  // (length, hidden)
-  };
-  std::vector<VoiceEmbedding> voices;  // of voices that some request still holds
+  VoiceCache voices;
 
   /// The thread: loads, answers `ready`, steps until the engine stops.
   void main(std::promise<void>& ready);
@@ -86,12 +82,13 @@ struct Engine::Worker {
   bool wait_for_work();
   void step();
   void admit();
-  void warm_up_prompts(int64_t rows, int64_t length);
+  // prefill.cpp
+  struct Prompts;
+  void warm_up_prompts();
+  int64_t new_positions(const Job& job) const;
   void prefill();
-  at::Tensor run_prompts(const std::vector<at::Tensor>& prompts, const std::vector<int32_t>& cu_seqlens,
-                         const std::vector<int32_t>& cache_rows, int64_t max_seqlen,
-                         const std::optional<at::Tensor>& frames);
-  at::Tensor prompt_step(int64_t rows, int64_t length);
+  at::Tensor run_prompts(const Prompts& prompts, const std::optional<at::Tensor>& frames);
+  at::Tensor prompt_step(int64_t positions, int64_t rows);
   void decode();
   StepShape padded_shape(int64_t requests, int64_t rows, bool plain, bool aligned) const;
   at::Tensor run_step(const StepShape& shape);  // device work only: can be captured
@@ -100,7 +97,6 @@ struct Engine::Worker {
   void retire();
   void fail(const std::vector<JobPtr>& failed, const std::string& error);
   void finish(Job& job, FinishReason reason);  // under `mutex`
-  at::Tensor voice_embedding(const Request& request);
 };
 
 }  // namespace vivace

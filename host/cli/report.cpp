@@ -113,6 +113,7 @@ nlohmann::ordered_json to_json(const Stats& s) {
           {"dtype", s.dtype},
           {"generated_tokens", s.generated_tokens},
           {"prompt_tokens", s.prompt_tokens},
+          {"prompt_tokens_reused", s.prompt_tokens_reused},
           {"decode_steps", s.decode_steps},
           {"graph_replays", s.graph_replays},
           {"graph_captures", s.graph_captures},
@@ -142,9 +143,10 @@ nlohmann::ordered_json run_json(const std::vector<Result>& results, double secon
 
 Stats since(const Stats& now, const Stats& start) {
   Stats s = now;
-  for (int64_t Stats::*count : {&Stats::submitted, &Stats::finished, &Stats::cancelled, &Stats::failed,
-                                &Stats::prompt_tokens, &Stats::generated_tokens, &Stats::decode_steps, &Stats::decode_rows,
-                                &Stats::graph_replays, &Stats::eager_steps, &Stats::fused_steps}) {
+  for (int64_t Stats::*count :
+       {&Stats::submitted, &Stats::finished, &Stats::cancelled, &Stats::failed, &Stats::prompt_tokens,
+        &Stats::prompt_tokens_reused, &Stats::generated_tokens, &Stats::decode_steps, &Stats::decode_rows,
+        &Stats::graph_replays, &Stats::eager_steps, &Stats::fused_steps}) {
     s.*count -= start.*count;
   }
   s.prefill_seconds -= start.prefill_seconds;

@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(32 * Copy::kWarps, Copy::kWarps == 8 ? 1 : kDe
   const int head_kv = unit_index / args.row_tiles, row0 = (unit_index - head_kv * args.row_tiles) * args.rows;
   const int head0 = head_kv * args.group;
 
-  bool waited = !p.stable_cache;
-  if (waited) ptx::grid_dependency_wait();
+  ptx::grid_dependency_wait();
   const DecodePlan<kKeys, kThreads> plan(args, range, buffer + Merge::buffer_floats(args.rows),
                                          reinterpret_cast<int*>(shared + Shared::kScratch));
   ptx::grid_dependency_launch();
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(32 * Copy::kWarps, Copy::kWarps == 8 ? 1 : kDe
   // Tiles of this warp that are under way, and the next to copy: ahead of the one that is computed, across runs. A run of
   // few tiles may hold none of this warp's.
   DecodeRun ahead;
-  int ahead_granule = plan.granule, ahead_tile = 0, ahead_stable = 0, filled = 0, under_way = 0;
+  int ahead_granule = plan.granule, ahead_tile = 0, filled = 0, under_way = 0;
   bool more = true;
 
   DecodeRun run, shared_entry;  // shared_entry: whose last part is this CTA's, but not its first: merged at the end
@@ -85,25 +84,17 @@ __global__ void __launch_bounds__(32 * Copy::kWarps, Copy::kWarps == 8 ? 1 : kDe
         const DecodeEntry entry = plan.take(ahead, ahead_granule);
         const int batch = args.first_entry + ahead.entry;
         copy.begin(entry, batch, head_kv);
-        // Keys of steps before lie still; the newest come from the kernel that may still run.
-        ahead_stable = entry.keys - (p.k_new != nullptr ? static_cast<int>(p.seqlen_new) : 0);
         ahead_tile = ahead.tile + warp;
         if (p.cu_seqlens_q != nullptr && row0 >= (p.cu_seqlens_q[batch + 1] - p.cu_seqlens_q[batch]) * args.group) {
           ahead_tile = ahead.end;  // none of this unit's queries
         }
         continue;
       }
-      if (!waited && (ahead_tile + 1) * kKeys > ahead_stable) break;
       copy.issue(filled, ahead, ahead_tile);
       copy.commit();
       ahead_tile += kWarps;
       ++under_way;
       filled = filled + 1 == Copy::kStages ? 0 : filled + 1;
-    }
-    if (!waited) {
-      ptx::grid_dependency_wait();
-      waited = true;
-      continue;
     }
 
     if (tile >= run.end) {

@@ -49,6 +49,7 @@ cudaError_t attention_forward_sm80(const AttentionParams& params, cudaStream_t s
   args.params = params;
   use_rotated_q(args.params);
   args.window = Window(params);
+  args.by_head_group = FastDivmod(params.heads / params.heads_kv);
   if (params.block_table != nullptr) args.page_size = FastDivmod(params.page_size);
   args.aligned = rows_aligned(args.params);
   const bool rich = is_rich(params) || !args.aligned;

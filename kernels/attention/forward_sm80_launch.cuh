@@ -3,12 +3,18 @@
 #pragma once
 
 #include "kernels/attention/forward_sm80.cuh"
+#include "kernels/attention/forward_sm80_pipelined.cuh"
 
 namespace vivace::sm80 {
 
 template <typename T, int kDim, bool kRich>
 cudaError_t launch_variant(const ForwardArgs& args, int threads, int shared_bytes, cudaStream_t stream) {
-  const auto kernel = attention_forward_kernel<T, kDim, kRich>;
+  void (*kernel)(ForwardArgs);
+  if constexpr (ForwardTile<kDim, false>::kPipelined) {
+    kernel = attention_forward_pipelined_kernel<T, kDim, kRich>;
+  } else {
+    kernel = attention_forward_kernel<T, kDim, kRich>;
+  }
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;

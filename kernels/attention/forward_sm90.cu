@@ -2,13 +2,16 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/attention/launch.h"
+#include "kernels/attention/mask.cuh"
 
 namespace vivace {
 namespace sm90 {
 
-// Defined and instantiated in forward_sm90_launch.cuh.
+// Defined in forward_sm90_launch.cuh, instantiated in the files of each head dimension.
+template <int kHeadDim, bool kMasked>
+cudaError_t launch_dense(const AttentionParams& p, cudaStream_t stream);
 template <int kHeadDim>
-cudaError_t launch_forward(const AttentionParams& p, cudaStream_t stream);
+cudaError_t launch_ragged(const AttentionParams& p, cudaStream_t stream);
 
 namespace {
 
@@ -22,6 +25,22 @@ bool covers(const AttentionParams& p) {
   constexpr int64_t kMax = int64_t{1} << 30;
   return plain && shape && p.seqlen_q > 0 && keys > 0 && p.batch > 0 && p.heads > 0 && p.seqlen_q < kMax && keys < kMax &&
          p.total_q < kMax && p.batch * p.heads * (p.seqlen_q / 128 + 1) < kMax;
+}
+
+bool is_ragged(const AttentionParams& p) {
+  return p.has_cache || p.cu_seqlens_q != nullptr || p.cu_seqlens_k != nullptr || p.seqused_q != nullptr ||
+         p.seqused_k != nullptr;
+}
+
+bool is_masked(const AttentionParams& p) {
+  const Window window(p);
+  return window.left != Window::kOpen || window.right != Window::kOpen;
+}
+
+template <int kHeadDim>
+cudaError_t launch_forward(const AttentionParams& p, cudaStream_t stream) {
+  if (is_ragged(p)) return launch_ragged<kHeadDim>(p, stream);
+  return is_masked(p) ? launch_dense<kHeadDim, true>(p, stream) : launch_dense<kHeadDim, false>(p, stream);
 }
 
 }  // namespace

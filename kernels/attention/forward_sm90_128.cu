@@ -1,5 +1,6 @@
 #include "kernels/attention/forward_sm90_launch.cuh"
 
 namespace vivace::sm90 {
-template cudaError_t launch_forward<128>(const AttentionParams&, cudaStream_t);
+template cudaError_t launch_dense<128, false>(const AttentionParams&, cudaStream_t);
+template cudaError_t launch_ragged<128>(const AttentionParams&, cudaStream_t);
 }  // namespace vivace::sm90

@@ -1,5 +1,7 @@
 #include "kernels/attention/forward_sm90_launch.cuh"
 
 namespace vivace::sm90 {
-template cudaError_t launch_forward<192>(const AttentionParams&, cudaStream_t);
+template cudaError_t launch_dense<192, false>(const AttentionParams&, cudaStream_t);
+template cudaError_t launch_dense<192, true>(const AttentionParams&, cudaStream_t);
+template cudaError_t launch_ragged<192>(const AttentionParams&, cudaStream_t);
 }  // namespace vivace::sm90

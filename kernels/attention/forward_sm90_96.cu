@@ -1,5 +1,7 @@
 #include "kernels/attention/forward_sm90_launch.cuh"
 
 namespace vivace::sm90 {
-template cudaError_t launch_forward<96>(const AttentionParams&, cudaStream_t);
+template cudaError_t launch_dense<96, false>(const AttentionParams&, cudaStream_t);
+template cudaError_t launch_dense<96, true>(const AttentionParams&, cudaStream_t);
+template cudaError_t launch_ragged<96>(const AttentionParams&, cudaStream_t);
 }  // namespace vivace::sm90

@@ -37,16 +37,6 @@ inline bool encode_map(CUtensorMap& map, DType dtype, const void* data, const in
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-inline bool is_ragged(const AttentionParams& p) {
-  return p.has_cache || p.cu_seqlens_q != nullptr || p.cu_seqlens_k != nullptr || p.seqused_q != nullptr ||
-         p.seqused_k != nullptr;
-}
-
-inline bool is_masked(const AttentionParams& p) {
-  const Window window(p);
-  return window.left != Window::kOpen || window.right != Window::kOpen;
-}
-
 template <typename Traits>
 cudaError_t launch(const AttentionParams& params, cudaStream_t stream) {
   if (encode_tiled() == nullptr) return cudaErrorNotSupported;
@@ -121,30 +111,45 @@ cudaError_t launch(const AttentionParams& params, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-/// rows x keys of a head dimension: see forward_sm90.cuh.
-template <typename Element, int kHeadDim, bool kMasked, bool kRagged>
-using ForwardTraitsOf = ForwardTraits<Element, kHeadDim,
-                                      kHeadDim <= 128   ? 128
-                                      : kHeadDim == 192 ? 112
-                                                        : 80,
-                                      kHeadDim == 64 && !kRagged ? 3 : 2,
-                                      kHeadDim != 64 ? 2
-                                      : kRagged      ? 4
-                                                     : 3,
-                                      kMasked, kRagged>;
-
-template <typename Element, int kHeadDim>
-cudaError_t launch_variant(const AttentionParams& p, cudaStream_t stream) {
-  if (is_ragged(p)) return launch<ForwardTraitsOf<Element, kHeadDim, true, true>>(p, stream);
-  return is_masked(p) ? launch<ForwardTraitsOf<Element, kHeadDim, true, false>>(p, stream)
-                      : launch<ForwardTraitsOf<Element, kHeadDim, false, false>>(p, stream);
+template <typename Element, int kHeadDim, bool kMasked>
+cudaError_t launch_dense_as(const AttentionParams& p, cudaStream_t stream) {
+#define VIVACE_LAUNCH(...) launch<ForwardTraits<Element, kHeadDim, __VA_ARGS__, kMasked, false>>(p, stream)
+  if constexpr (kHeadDim == 64) {
+    if constexpr (!kMasked) {
+      if (long_64(p.seqlen_k)) return VIVACE_LAUNCH(kLong64);
+    }
+    int device;
+    DeviceFacts facts;
+    if (const cudaError_t status = device_facts(device, facts); status != cudaSuccess) return status;
+    const bool causal = kMasked && Window(p).left == Window::kOpen;
+    switch (consumers_64(p.seqlen_q, p.batch * p.heads, causal, facts.multiprocessors)) {
+      case 1: return VIVACE_LAUNCH(shape_64<kMasked>(1));
+      case 2: return VIVACE_LAUNCH(shape_64<kMasked>(2));
+      case 3: return VIVACE_LAUNCH(shape_64<kMasked>(3));
+      default: return VIVACE_LAUNCH(shape_64<kMasked>(4));
+    }
+  } else if constexpr (kHeadDim <= 128) {
+    if (!long_128(p.seqlen_q)) return VIVACE_LAUNCH(kShort128);
+    return VIVACE_LAUNCH(kHeadDim == 96 ? kLong96 : kLong128<kMasked>);
+  } else {
+    return VIVACE_LAUNCH(kHeadDim == 192 ? k192 : k256);
+  }
+#undef VIVACE_LAUNCH
 }
 
-/// Calls of at most kHeadDim columns.
+/// Calls of at most kHeadDim columns, on dense sequences.
+template <int kHeadDim, bool kMasked>
+cudaError_t launch_dense(const AttentionParams& p, cudaStream_t stream) {
+  return p.dtype == DType::kFloat16 ? launch_dense_as<__half, kHeadDim, kMasked>(p, stream)
+                                    : launch_dense_as<__nv_bfloat16, kHeadDim, kMasked>(p, stream);
+}
+
+/// The same where lengths come from device memory.
 template <int kHeadDim>
-cudaError_t launch_forward(const AttentionParams& p, cudaStream_t stream) {
-  return p.dtype == DType::kFloat16 ? launch_variant<__half, kHeadDim>(p, stream)
-                                    : launch_variant<__nv_bfloat16, kHeadDim>(p, stream);
+cudaError_t launch_ragged(const AttentionParams& p, cudaStream_t stream) {
+  constexpr TileShape kShape = kHeadDim == 64 ? kRagged64 : kHeadDim <= 128 ? kRagged128 : kHeadDim == 192 ? k192 : k256;
+  return p.dtype == DType::kFloat16 ? launch<ForwardTraits<__half, kHeadDim, kShape, true, true>>(p, stream)
+                                    : launch<ForwardTraits<__nv_bfloat16, kHeadDim, kShape, true, true>>(p, stream);
 }
 
 }  // namespace vivace::sm90

@@ -40,9 +40,10 @@ __device__ __forceinline__ void produce_qk(ForwardSmem<Traits>& smem, const Forw
   int tiles = 0;
   for (TileWalk<Traits> walk; walk.next(args, tile); ++tiles) {
     barrier_wait(&smem.q_empty[q.stage], q.phase ^ 1);
+    // Every lane that writes arrives.
     if (lane == 0) smem.tiles[tiles % kTileRing] = tile;
     if (lane < Traits::consumers) smem.ranges[tiles % kTileRing][lane] = TileRange(args, tile, lane);
-    __syncwarp();
+    if (lane > 0 && lane < Traits::consumers) barrier_arrive(&smem.q_full[q.stage]);
     if (lane == 0) {
       barrier_expect(&smem.q_full[q.stage], Traits::rows * Traits::chunks * 128);
       const TilePlace place(args, tile);
@@ -54,10 +55,8 @@ __device__ __forceinline__ void produce_qk(ForwardSmem<Traits>& smem, const Forw
     __syncwarp();
   }
   barrier_wait(&smem.q_empty[q.stage], q.phase ^ 1);
-  if (lane == 0) {
-    smem.tiles[tiles % kTileRing].batch = -1;
-    barrier_arrive(&smem.q_full[q.stage]);
-  }
+  if (lane == 0) smem.tiles[tiles % kTileRing].batch = -1;
+  if (lane < Traits::consumers) barrier_arrive(&smem.q_full[q.stage]);
 }
 
 /// Loads V block by block. Called by one warp: V is due later than K of the same block, and must not hold up the next.
@@ -66,10 +65,14 @@ __device__ __forceinline__ void produce_v(ForwardSmem<Traits>& smem, const Forwa
   BlockLoader<Traits> load_v{smem.v, smem.v_full, smem.v_empty, v_map, {}};
   RingPosition<Traits::q_stages> q;
   for (int tiles = 0;; ++tiles) {
-    barrier_wait(&smem.q_full[q.stage], q.phase);  // for the tile's place; it stays until this V has been used
-    const Tile<Traits>& tile = smem.tiles[tiles % kTileRing];
+    barrier_wait(&smem.q_full[q.stage], q.phase);  // for the tile's place
+    const Tile<Traits> tile = smem.tiles[tiles % kTileRing];
     if (tile.batch < 0) break;
-    if ((threadIdx.x & 31) == 0) load_v(args, tile);
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) {
+      barrier_arrive(&smem.q_empty[q.stage]);  // consumers may leave Q before the last V is due
+      load_v(args, tile);
+    }
     __syncwarp();
     q.advance();
   }

@@ -38,12 +38,13 @@ struct MaskedShape {
   int grid;
   int most;  // pairs whose K and V fit L2
 
-  /// The blocks of keys that a row block sees, in tenths, and 0.7 for what every tile costs (fitted to measured times).
+  /// The keys that a row block sees, in blocks, and 0.7 of 128 for what every tile costs (fitted to measured times); 10 is
+  /// 128 keys.
   int cost(int row_block) const {
     const int shift = seqlen_k - seqlen_q, first = row_block * rows, last = std::min(first + rows, seqlen_q) - 1;
     const int end = window_right < 0 ? seqlen_k : std::min<int64_t>(seqlen_k, int64_t{last} + shift + window_right + 1);
     const int begin = window_left < 0 ? 0 : std::max(first + shift - window_left, 0);
-    return begin < end ? 10 * ((end + keys - 1) / keys - begin / keys) + 7 : 1;
+    return begin < end ? 10 * keys * ((end + keys - 1) / keys - begin / keys) / 128 + 7 : 1;
   }
 
   /// How evenly an order loads the grid, over its first tiles: mean / most.

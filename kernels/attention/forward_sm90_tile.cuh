@@ -8,41 +8,40 @@
 #include <cstdint>
 
 #include "kernels/attention/forward_sm90_order.cuh"
+#include "kernels/attention/forward_sm90_shape.cuh"
 #include "kernels/common/tma.cuh"
 
 namespace vivace::sm90 {
 
 /// kMasked: causal or window, the keys that a tile sees depend on its rows. kRagged: lengths come from device memory
 /// (variable length, or a cache); a ragged kernel is a masked one.
-template <typename Element, int kHeadDim, int kKeys, int kConsumers, int kStages, bool kMasked, bool kRagged>
+template <typename Element, int kHeadDim, TileShape kShape, bool kMasked, bool kRagged>
 struct ForwardTraits {
   static_assert(kMasked || !kRagged);
   using element = Element;
   static constexpr int head_dim = kHeadDim;
-  static constexpr int keys = kKeys;
-  static constexpr int consumers = kConsumers;
-  static constexpr int stages = kStages;
+  static constexpr int keys = kShape.keys;
+  static constexpr int consumers = kShape.consumers;
+  static constexpr int stages = kShape.stages;
+  static constexpr int q_stages = kShape.q_stages;
+  static constexpr bool turns = kShape.turns;
+  static constexpr bool stores_tma = kShape.stores_tma;
   static constexpr bool masked = kMasked;
   static constexpr bool ragged = kRagged;
-  static constexpr int rows = 64 * kConsumers;
-  static constexpr int threads = 128 * (kConsumers + 1);
+  static constexpr int rows = 64 * consumers;
+  static constexpr int threads = 128 * (consumers + 1);
   static constexpr int chunks = (kHeadDim + 63) / 64;  // of 64 elements, the width of a swizzled row
-  // Above 128 columns shared memory has no room for the next tile's Q, nor for an output tile on its way to TMA.
-  static constexpr int q_stages = kHeadDim <= 128 ? 2 : 1;
-  static constexpr bool stores_tma = kHeadDim <= 128;
-  static constexpr bool turns = kHeadDim <= 128;  // consumers take turns at the tensor cores
-  // The first block of a tile is computed by half where no row sees the rest of it. Measured: with three consumers 2 to 5 %
-  // faster up to 2,048 queries; with two 1 to 10 % slower.
-  static constexpr bool halves = kMasked && kConsumers == 3;
-  static_assert(!halves || kKeys % 32 == 0);
-  // A tile's output is stored while the products of the next step run: where registers can hold it.
-  static constexpr bool stores_late = kHeadDim > 64 && kHeadDim <= 128;
-  // Their sum over the block is at most what it was launched with, 512 x 128 or 384 x 168: setmaxnreg would wait for ever.
-  static constexpr int producer_registers = kConsumers == 3 ? 32 : 40;
-  static constexpr int consumer_registers = kConsumers == 3 ? 160 : 232;
+  // Their sum over the block is at most what it was launched with (640 x 96, 512 x 128, 384 x 168 or 256 x 248 threads and
+  // registers): setmaxnreg would wait for ever.
+  static constexpr int producer_registers = consumers >= 3 ? 32 : kHeadDim > 128 ? 24 : 40;
+  static constexpr int consumer_registers = consumers == 4   ? 112
+                                            : consumers == 3 ? 160
+                                            : consumers == 1 ? 248
+                                            : kHeadDim > 128 ? 240
+                                                             : 232;
 };
 
-inline constexpr int kTileRing = 4;  // tiles that the consumers are told of; they look back two
+inline constexpr int kTileRing = 4;  // tiles that the consumers are told of; they look back one
 inline constexpr int kBits = 512;    // of sets of tiles and blocks; numbers beyond share them
 
 /// What the kernel needs besides the tensor maps. Strides are in elements: batch, row, head.
@@ -181,11 +180,10 @@ struct Tile {
 };
 
 /// The blocks [first, last) that the rows of one consumer see, from the last to the first, and take part in: one at least.
-/// Blocks [whole_begin, whole_end) are seen whole. half: of block last - 1 nothing in its second half is seen. idle: there
-/// are no such rows.
+/// Blocks [whole_begin, whole_end) are seen whole. idle: there are no such rows.
 struct alignas(8) TileRange {
   int first, last, whole_begin, whole_end;
-  bool half, idle;
+  bool idle;
 
   TileRange() = default;
   template <typename Traits>
@@ -196,9 +194,6 @@ struct alignas(8) TileRange {
     if constexpr (Traits::masked) last = max(min(last, tile.last_block_of(args, row + 63)), first + 1);
     whole_begin = tile.whole_begin(args, row, 64);
     whole_end = tile.whole_end(args, row, 64);
-    int end = tile.lengths.key_end(args);
-    if (args.window_right >= 0) end = min(end, row + 63 + tile.shift(args) + args.window_right + 1);
-    half = end - (last - 1) * Traits::keys <= Traits::keys / 2;
     idle = row >= tile.lengths.q_rows(args);
   }
 };

@@ -18,11 +18,12 @@ cudaError_t attention_forward_sm80(const AttentionParams& params, cudaStream_t s
 /// Reference-speed forward on CUDA cores: any dtype (fp32 too), any head_dim up to 256, all layouts, all features.
 cudaError_t attention_forward_generic(const AttentionParams& params, cudaStream_t stream);
 
-/// Few queries a sequence against a long cache, fp16 and bf16: one launch, see decode_kernel.cuh. Takes the sm90 kernel
-/// where params.arch is 90 and it covers the call, else the sm80 kernel. params.probe is written too. Needs
-/// params.multiprocessors and a workspace of attention_workspace() bytes, with whatever in it, that no other launch uses at
-/// the same time.
+/// Few queries a sequence against a long cache, fp16 and bf16: one launch. Takes the direct kernel (decode_direct.cuh) where
+/// it covers the call; else those of decode_kernel.cuh, which cover more: sm90 where params.arch is 90 and it covers the
+/// call, else sm80. params.probe is written too. Needs params.multiprocessors and a workspace of attention_workspace()
+/// bytes, with whatever in it, that no other launch uses at the same time.
 cudaError_t attention_decode(const AttentionParams& params, cudaStream_t stream);
+cudaError_t attention_decode_direct(const AttentionParams& params, cudaStream_t stream);
 cudaError_t attention_decode_sm80(const AttentionParams& params, cudaStream_t stream);
 cudaError_t attention_decode_sm90(const AttentionParams& params, cudaStream_t stream);
 

@@ -99,8 +99,6 @@ struct AttentionParams {
   int64_t multiprocessors = 0;  // of the device
   int64_t arch = 0;             // decode: 90 for the Hopper kernel, else the sm80 one
   bool dependent = false;       // decode: launch as a programmatic dependent of the kernel before (Hopper and newer)
-  bool stable_cache = false;    // decode, dependent: nothing in flight writes the index tensors, or keys before
-                                // cache_seqlens[b]: they may be read while the kernel before still runs
   void* workspace = nullptr;    // attention_workspace() bytes: rotated q, partial results
 };
 

@@ -4,6 +4,8 @@
 #include "kernels/attention/mask.cuh"
 #include "kernels/attention/scores.cuh"
 #include "kernels/attention/sequence.cuh"
+#include "kernels/common/dependent_launch.h"
+#include "kernels/common/ptx.cuh"
 #include "kernels/common/vector.cuh"
 
 namespace vivace {
@@ -29,6 +31,8 @@ __device__ __forceinline__ float add_bias(const ScoreTerms& terms, float s, int 
 
 template <typename T, int kN>
 __global__ void __launch_bounds__(kThreads) probe_kernel(const __grid_constant__ ProbeArgs args) {
+  ptx::grid_dependency_launch();
+  ptx::grid_dependency_wait();
   const AttentionParams& p = args.params;
   const int head_dim = static_cast<int>(p.head_dim), head = static_cast<int>(p.probe_head);
   const int head_kv = head / static_cast<int>(p.heads / p.heads_kv);
@@ -73,8 +77,7 @@ template <typename T, int kN>
 cudaError_t launch(const ProbeArgs& args, cudaStream_t stream) {
   const AttentionParams& p = args.params;
   const dim3 grid(grid_x(ceil_div(p.probe_capacity, kThreads)), grid_y(p.batch * p.probe_rows));
-  probe_kernel<T, kN><<<grid, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(probe_kernel<T, kN>, grid, kThreads, 0, stream, p.dependent, args);
 }
 
 }  // namespace

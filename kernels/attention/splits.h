@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/attention/direct_shape.h"
 #include "kernels/attention/params.h"
 
 namespace vivace {
@@ -53,10 +54,11 @@ inline DecodeShape decode_shape(const AttentionParams& p) {
   return s;
 }
 
-/// Bytes of partial results: 16 for each of (parts, rows, head_dim_v / 2 + 1), see decode_merge.cuh.
+/// Bytes of partial results: 16 for each of (parts, rows, head_dim_v / 2 + 1), see decode_merge.cuh. Of whichever kernel
+/// runs.
 inline int64_t decode_packet_bytes(const AttentionParams& p) {
   const DecodeShape s = decode_shape(p);
-  return s.parts * s.rows * (p.head_dim_v / 2 + 1) * 16;
+  return std::max(s.parts * s.rows * (p.head_dim_v / 2 + 1) * 16, direct_packet_bytes(p, direct_shape(p)));
 }
 
 // ---- attention_decode_fp32, which splits the keys into a number of parts that the host chooses ----

@@ -74,6 +74,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+/// lg2.approx.ftz.f32: log2(x).
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 /// rcp.approx.ftz.f32: 1 / x.
 __device__ __forceinline__ float rcp_approx(float x) {
   float y;
@@ -116,6 +123,9 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));
   return y;
 }
+
+/// prefetch.global.L2
+__device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 /// 16 bytes that are written and read as one.
 struct Packet {

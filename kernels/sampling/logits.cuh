@@ -19,6 +19,11 @@ __device__ __forceinline__ float from_ordered_bits(uint32_t bits) {
   return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
 }
 
+/// The unnormalised probability of a logit: 1 for the largest, even if that is infinite; 0 for NaN.
+__device__ __forceinline__ float weight_of(float logit, float largest) {
+  return logit == largest ? 1.0f : logit < largest ? expf(__fsub_rn(logit, largest)) : 0.0f;
+}
+
 /// What one request asks for. All loads are independent of each other, so that they take the time of one.
 struct DrawRequest {
   int32_t cond, uncond;  // rows of logits; cond negative: padding of sample_advance; uncond negative: none

@@ -1,6 +1,6 @@
-// Sampling without top-k and top-p: no sum is needed, so nothing depends on an order. Two exchanges over the threads of a
-// request: the largest logit, which min-p is measured by, then the first to arrive of an exponential race at rates
-// e^(logit - largest). kCluster CTAs share a request, so that a single one does not wait for one SM's arithmetic (Philox and
+// Drawing a token. Two exchanges over the threads of a request: the largest logit, which min-p is measured by, then the
+// first to arrive of an exponential race at rates e^(logit - largest). Between them top-k and top-p have theirs
+// (threshold.cuh). kCluster CTAs share a request, so that a single one does not wait for one SM's arithmetic (Philox and
 // logarithms of 8 K entries take one SM 2.7 us); they exchange through distributed shared memory. The token is the same for
 // any number of CTAs.
 #pragma once
@@ -10,6 +10,7 @@
 #include "kernels/common/cluster.cuh"
 #include "kernels/common/philox.h"
 #include "kernels/sampling/logits.cuh"
+#include "kernels/sampling/threshold.cuh"
 
 namespace vivace {
 
@@ -115,9 +116,37 @@ struct Quad {
   }
 };
 
-/// One request without top-k and top-p, of at most kRounds * kThreads * kCluster * 4 entries.
+/// Zeroes the weights of what top-k and top-p drop.
+template <int kThreads, int kCluster, int kRounds>
+__device__ __forceinline__ void filter(const DrawRequest& request, int vocab, float largest,
+                                       const float (&logit)[kRounds][4], float (&weight)[kRounds][4],
+                                       Threshold<kThreads, kCluster>& threshold) {
+  if (request.top_k > 0 && request.top_k < vocab) {
+    const uint32_t most = find_top_k(threshold, request.top_k, largest, [&](const auto& f) {
+#pragma unroll
+      for (int n = 0; n < 4 * kRounds; ++n) f(logit[n / 4][n % 4]);
+    });
+#pragma unroll
+    for (int n = 0; n < 4 * kRounds; ++n) {
+      if (logit_distance(logit[n / 4][n % 4], largest) > most) weight[n / 4][n % 4] = 0.0f;
+    }
+  }
+  if (request.top_p < 1.0f) {
+    const uint32_t most = find_top_p(threshold, request.top_p, [&](const auto& f) {
+#pragma unroll
+      for (int n = 0; n < 4 * kRounds; ++n) f(weight[n / 4][n % 4]);
+    });
+#pragma unroll
+    for (int n = 0; n < 4 * kRounds; ++n) {
+      if (weight_distance(weight[n / 4][n % 4]) > most) weight[n / 4][n % 4] = 0.0f;
+    }
+  }
+}
+
+/// One request of at most kRounds * kThreads * kCluster * 4 entries.
 template <typename T, int kThreads, int kCluster, int kRounds>
-__device__ __forceinline__ void race_request(const SampleParams& p, int64_t r, const DrawRequest& request,
+__device__ __forceinline__ void draw_request(const SampleParams& p, int64_t r, const DrawRequest& request,
+                                             typename Threshold<kThreads, kCluster>::Slots& slots,
                                              RequestReduce<kThreads, kCluster>& reduce) {
   const int vocab = static_cast<int>(p.vocab);
   const int quads = (vocab + 3) / 4, share = (quads + kCluster - 1) / kCluster;
@@ -155,20 +184,27 @@ __device__ __forceinline__ void race_request(const SampleParams& p, int64_t r, c
   const float largest = most == 0 ? -INFINITY : from_ordered_bits(most);
   const float cutoff = fminf(fmaxf(request.min_p, 0.0f), 1.0f);
 
+  float weight[kRounds][4];
+#pragma unroll
+  for (int n = 0; n < kRounds; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float w = weight_of(l[n][e], largest);
+      weight[n][e] = w < cutoff || (logits.greedy && l[n][e] != largest) ? 0.0f : w;
+    }
+  }
+  if (request.filtered(p.vocab) && !logits.greedy) {
+    Threshold<kThreads, kCluster> threshold(slots);
+    filter(request, vocab, largest, l, weight, threshold);
+  }
+
   uint32_t key = ~0u, index = ~0u;
 #pragma unroll
   for (int n = 0; n < kRounds; ++n) {
     const int q = begin + n * kThreads + static_cast<int>(threadIdx.x);
-    float weight[4];
     bool any = false;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float x = l[n][e];
-      weight[e] = x == largest ? 1.0f : x < largest ? expf(x - largest) : 0.0f;
-      if (weight[e] < cutoff) weight[e] = 0.0f;
-      if (logits.greedy && x != largest) weight[e] = 0.0f;
-      any = any || weight[e] > 0.0f;
-    }
+    for (int e = 0; e < 4; ++e) any = any || weight[n][e] > 0.0f;
     if (!any) continue;
     Philox4 draw{};
     if (!logits.greedy) {
@@ -177,9 +213,9 @@ __device__ __forceinline__ void race_request(const SampleParams& p, int64_t r, c
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (!(weight[e] > 0.0f)) continue;
+      if (!(weight[n][e] > 0.0f)) continue;
       // Times are not negative, so their bits are in their order; -log(1) is -0. Greedily all are the same.
-      const float time = logits.greedy ? 0.0f : fabsf(logf(philox_uniform(draw.x[e]))) / weight[e];
+      const float time = logits.greedy ? 0.0f : fabsf(logf(philox_uniform(draw.x[e]))) / weight[n][e];
       const uint32_t bits = __float_as_uint(time);
       if (bits < key) {
         key = bits;

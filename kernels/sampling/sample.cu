@@ -1,8 +1,7 @@
-// Requests without top-k and top-p go through a race alone (race.cuh). The others take one CTA each, and nothing is sorted:
-// top-k and top-p are thresholds, found by bisection on the bits of the values (for floats of one sign the order of the bits
-// is the order of the values), so that equal values stand or fall together. Sums and extrema over the CTA are taken in a
-// fixed order that depends on the vocabulary alone. Vocabularies up to kSharedVocab lie in shared memory; larger ones are
-// computed anew from the logits in each pass.
+// Tokens of vocabularies up to kSharedVocab are drawn by race.cuh. Larger ones, and probabilities, take one CTA a request,
+// whose sums and extrema are taken in a fixed order that depends on the vocabulary alone: up to kSharedVocab its entries lie
+// in shared memory, larger ones are computed anew from the logits in each pass. Nothing is sorted: top-k and top-p are
+// thresholds (threshold.cuh).
 #include <cstdint>
 
 #include "kernels/common/philox.h"
@@ -10,13 +9,14 @@
 #include "kernels/sampling/logits.cuh"
 #include "kernels/sampling/race.cuh"
 #include "kernels/sampling/sample_launch.h"
+#include "kernels/sampling/threshold.cuh"
 
 namespace vivace {
 namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int64_t kSharedVocab = 12000;  // fp32, with the reductions' slots below the 48 KiB that need no opt-in
+constexpr int64_t kSharedVocab = 9984;  // fp32, with the other slots below the 48 KiB that need no opt-in
 
 /// A value and its index; ordered by value, then by the lower index.
 struct Indexed {
@@ -43,9 +43,6 @@ class BlockReduce {
   __device__ __forceinline__ float sum(float x) {
     return (*this)(x, [](float a, float b) { return a + b; });
   }
-  __device__ __forceinline__ int count(int x) {
-    return (*this)(x, [](int a, int b) { return a + b; });
-  }
 
   __device__ __forceinline__ explicit BlockReduce(Indexed (&slots)[2][kWarps]) : slots_(slots) {}
 
@@ -60,30 +57,9 @@ class BlockReduce {
   int turn_ = 0;
 };
 
-/// The smallest t in [low, high] for which holds(t), which once true stays true; high where none below it is.
-template <typename Holds>
-__device__ __forceinline__ uint32_t bisect(uint32_t low, uint32_t high, Holds holds) {
-  while (low < high) {
-    const uint32_t middle = low + (high - low) / 2;
-    if (holds(middle)) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
-}
-
-/// The unnormalised probability of a logit that is at least `least`; 0 for others and for NaN. 1 for the largest, even if
-/// that is infinite.
-__device__ __forceinline__ float weight_of(float logit, float largest, uint32_t least) {
-  if (ordered_bits(logit) < least) return 0.0f;
-  return logit == largest ? 1.0f : logit < largest ? expf(logit - largest) : 0.0f;
-}
-
 template <typename T, bool kShared>
 __device__ __forceinline__ void filter_request(const SampleParams& p, int64_t r, const DrawRequest& request, float* kept,
-                                               BlockReduce& reduce) {
+                                               Threshold<kThreads, 1>::Slots& slots, BlockReduce& reduce) {
   const int vocab = static_cast<int>(p.vocab), thread = static_cast<int>(threadIdx.x);
   const Logits<T> logits(p, r, request);
   float* probs = p.probs == nullptr ? nullptr : p.probs + r * p.vocab;
@@ -98,6 +74,8 @@ __device__ __forceinline__ void filter_request(const SampleParams& p, int64_t r,
   first = reduce(
       first, [](Indexed a, Indexed b) { return b.value > a.value || (b.value == a.value && b.index < a.index) ? b : a; });
   const float largest = first.value;
+  if constexpr (kShared) __syncthreads();  // from here on threads read what others stored
+  const auto logit = [&](int i) { return kShared ? kept[i] : logits(i); };
   int token = first.index < vocab ? first.index : 0;  // 0: every logit is NaN
 
   if (logits.greedy) {
@@ -105,49 +83,33 @@ __device__ __forceinline__ void filter_request(const SampleParams& p, int64_t r,
       for (int i = thread; i < vocab; i += kThreads) probs[i] = i == token ? 1.0f : 0.0f;
     }
   } else {
-    // top-k: the largest bits that k logits reach.
-    const int top_k = request.top_k;
-    uint32_t least = 0;
-    if (top_k > 0 && top_k < vocab) {
-      const uint32_t past = bisect(0, ordered_bits(largest), [&](uint32_t bits) {
-        int reach = 0;
-        for (int i = thread; i < vocab; i += kThreads) reach += ordered_bits(kShared ? kept[i] : logits(i)) > bits;
-        return reduce.count(reach) < top_k;
+    // min-p in units of the largest probability, which is always kept.
+    float cutoff = fminf(fmaxf(request.min_p, 0.0f), 1.0f);
+    Threshold<kThreads, 1> threshold(slots);
+    uint32_t most_k = threshold.kAll, most_p = threshold.kAll;
+    if (request.top_k > 0 && request.top_k < vocab) {
+      most_k = find_top_k(threshold, request.top_k, largest, [&](const auto& f) {
+        for (int i = thread; i < vocab; i += kThreads) f(logit(i));
       });
-      least = past;  // fewer than k lie above `past`, so at least k reach it
     }
-    if constexpr (kShared) {
-      for (int i = thread; i < vocab; i += kThreads) kept[i] = weight_of(kept[i], largest, least);
-      __syncthreads();  // from here on threads read the weights of others
+    const auto unfiltered = [&](int i) {
+      const float l = logit(i), w = weight_of(l, largest);
+      return w < cutoff || logit_distance(l, largest) > most_k ? 0.0f : w;
+    };
+    if (request.top_p < 1.0f) {
+      most_p = find_top_p(threshold, request.top_p, [&](const auto& f) {
+        for (int i = thread; i < vocab; i += kThreads) f(unfiltered(i));
+      });
     }
     const auto weight = [&](int i) {
-      if constexpr (kShared) {
-        return kept[i];
-      } else {
-        return weight_of(logits(i), largest, least);
-      }
+      const float w = unfiltered(i);
+      return weight_distance(w) > most_p ? 0.0f : w;
     };
-
-    // min-p, in units of the largest probability, then top-p; the largest is always kept.
-    float cutoff = fminf(fmaxf(request.min_p, 0.0f), 1.0f);
-    const auto mass = [&](float low, float high) {
-      float sum = 0.0f;
-      for (int i = thread; i < vocab; i += kThreads) {
-        const float w = weight(i);
-        if (w >= low && w <= high) sum += w;
-      }
-      return reduce.sum(sum);
-    };
-    float total = mass(cutoff, 1.0f);
-    const float top_p = request.top_p;
-    if (top_p < 1.0f) {
-      const float dropped = (1.0f - top_p) * total;
-      const float low = cutoff;
-      const uint32_t bits = bisect(__float_as_uint(cutoff), __float_as_uint(1.0f),
-                                   [&](uint32_t high) { return mass(low, __uint_as_float(high)) > dropped; });
-      cutoff = __uint_as_float(bits);
-      total = mass(cutoff, 1.0f);
+    float total = 0.0f;
+    for (int i = thread; i < vocab; i += kThreads) {
+      total += weight(i);
     }
+    total = reduce.sum(total);
 
     // The race. Four neighbouring entries share a draw of Philox.
     const int64_t seed = request.seed, step = request.step;
@@ -160,7 +122,7 @@ __device__ __forceinline__ void filter_request(const SampleParams& p, int64_t r,
         const int i = i0 + e;
         if (i >= vocab) break;
         const float w = weight(i);
-        const float probability = w > 0.0f && w >= cutoff ? w / total : 0.0f;
+        const float probability = w > 0.0f ? w / total : 0.0f;
         if (probs != nullptr) probs[i] = probability;
         if (probability > 0.0f && p.tokens != nullptr) {
           const float time = -logf(philox_uniform(draw.x[e])) / probability;  // u = 1 gives 0: first to arrive
@@ -182,23 +144,23 @@ __device__ __forceinline__ void filter_request(const SampleParams& p, int64_t r,
 
 /// Any vocabulary, any options: a CTA a request.
 template <typename T, bool kShared>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ SampleParams p) {
-  extern __shared__ float kept[];  // (vocab): logits, then weights
+__global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_constant__ SampleParams p) {
+  extern __shared__ float kept[];  // (vocab): logits
   __shared__ Indexed slots[2][kWarps];
+  __shared__ Threshold<kThreads, 1>::Slots threshold_slots;
   ptx::dependency_wait();
   BlockReduce reduce(slots);
   for (int64_t r = blockIdx.x; r < p.requests; r += gridDim.x) {
     const DrawRequest request(p, r);
     if (request.padding(p)) continue;
-    filter_request<T, kShared>(p, r, request, kept, reduce);
+    filter_request<T, kShared>(p, r, request, kept, threshold_slots, reduce);
     __syncthreads();  // before `kept` takes the next request
   }
 }
 
-/// Vocabularies up to kSharedVocab, drawing tokens: kCluster CTAs a request, of which the first does alone what is more than
-/// a race.
+/// Vocabularies up to kSharedVocab, drawing tokens: kCluster CTAs a request.
 template <typename T, int kCluster>
-__global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ SampleParams p) {
+__global__ void __launch_bounds__(kThreads, 1) draw_kernel(const __grid_constant__ SampleParams p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (kCluster > 1)
     return;  // there are no clusters
@@ -207,20 +169,14 @@ __global__ void __launch_bounds__(kThreads) draw_kernel(const __grid_constant__ 
   {
     constexpr int kRounds = static_cast<int>((kSharedVocab + 4 * kThreads * kCluster - 1) / (4 * kThreads * kCluster));
     using Reduce = RequestReduce<kThreads, kCluster>;
-    extern __shared__ float kept[];  // (vocab)
-    __shared__ Indexed slots[2][kWarps];
     __shared__ typename Reduce::Slots race_slots;
+    __shared__ typename Threshold<kThreads, kCluster>::Slots threshold_slots;
     Reduce reduce(race_slots);
     ptx::dependency_wait();
     const int64_t r = blockIdx.x / kCluster;
     const DrawRequest request(p, r);
     if (request.padding(p)) return;
-    if (!request.filtered(p.vocab)) {
-      race_request<T, kThreads, kCluster, kRounds>(p, r, request, reduce);
-    } else if (blockIdx.x % kCluster == 0) {
-      BlockReduce block_reduce(slots);
-      filter_request<T, true>(p, r, request, kept, block_reduce);
-    }
+    draw_request<T, kThreads, kCluster, kRounds>(p, r, request, threshold_slots, reduce);
   }
 }
 
@@ -271,13 +227,12 @@ cudaError_t launch(Kernel kernel, unsigned grid, size_t shared, int cluster, boo
 template <typename T>
 cudaError_t launch_draw(const SampleParams& p, int cluster, bool dependent, cudaStream_t stream) {
   const unsigned requests = static_cast<unsigned>(p.requests);
-  const size_t shared = static_cast<size_t>(p.vocab) * sizeof(float);
   if constexpr (sizeof(T) < sizeof(float)) cluster = 1;  // what decode_step gives is fp32
   switch (cluster) {
-    case 1: return launch(draw_kernel<T, 1>, requests, shared, 1, dependent, p, stream);
-    case 2: return launch(draw_kernel<float, 2>, 2 * requests, shared, 2, dependent, p, stream);
-    case 4: return launch(draw_kernel<float, 4>, 4 * requests, shared, 4, dependent, p, stream);
-    case 8: return launch(draw_kernel<float, 8>, 8 * requests, shared, 8, dependent, p, stream);
+    case 1: return launch(draw_kernel<T, 1>, requests, 0, 1, dependent, p, stream);
+    case 2: return launch(draw_kernel<float, 2>, 2 * requests, 0, 2, dependent, p, stream);
+    case 4: return launch(draw_kernel<float, 4>, 4 * requests, 0, 4, dependent, p, stream);
+    case 8: return launch(draw_kernel<float, 8>, 8 * requests, 0, 8, dependent, p, stream);
     default: return cudaErrorInvalidValue;
   }
 }

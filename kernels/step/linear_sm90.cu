@@ -23,7 +23,7 @@ struct SharesOf<Matrix::kQkv> : Shares<1, 4, 113, 113> {};
 template <>
 struct SharesOf<Matrix::kOut> : Shares<1, 4, 113, 113> {};
 template <>
-struct SharesOf<Matrix::kGateUp> : Shares<2, 2, 150, 224> {};
+struct SharesOf<Matrix::kGateUp> : Shares<2, 2, 113, 224> {};
 template <>
 struct SharesOf<Matrix::kDown> : Shares<1, 8, 113, 113> {};
 template <>

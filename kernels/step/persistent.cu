@@ -28,7 +28,17 @@ bool encode_matrix(CUtensorMap& map, const void* data, int64_t outputs, int64_t 
   return encode<3>(map, data, sizes, strides, box);
 }
 
-template <int kHeads, int kRows>
+/// A cache (layers, cache_rows, capacity, heads, 64) in boxes of so many positions of a head.
+bool encode_cache(CUtensorMap& map, const StepParams& p, const void* data, const int64_t (&stride)[4], int positions) {
+  const cuuint64_t sizes[5] = {64, static_cast<cuuint64_t>(p.capacity), static_cast<cuuint64_t>(p.heads),
+                               static_cast<cuuint64_t>(p.cache_rows), static_cast<cuuint64_t>(p.layers)};
+  const cuuint64_t strides[4] = {static_cast<cuuint64_t>(stride[2] * 2), static_cast<cuuint64_t>(stride[3] * 2),
+                                 static_cast<cuuint64_t>(stride[1] * 2), static_cast<cuuint64_t>(stride[0] * 2)};
+  const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(positions), 1, 1, 1};
+  return encode<5>(map, data, sizes, strides, box);
+}
+
+template <int kHeads, int kRows, bool kProbes>
 cudaError_t launch(const StepParams& p, cudaStream_t stream) {
   using S = PersistentShape<kHeads, kRows>;
   PersistentArgs args;
@@ -44,42 +54,50 @@ cudaError_t launch(const StepParams& p, cudaStream_t stream) {
     const cuuint32_t box[5] = {64, 4, 2, S::heads, 1};
     if (!encode<5>(args.qkv, p.qkv, sizes, strides, box)) return cudaErrorInvalidValue;
   }
-  {
-    const cuuint64_t sizes[2] = {S::hidden, static_cast<cuuint64_t>(p.layers * S::hidden)};
-    const cuuint64_t strides[1] = {S::hidden * 2};
-    const cuuint32_t box[2] = {64, 8 * S::heads};
-    if (!encode<2>(args.out, p.out, sizes, strides, box)) return cudaErrorInvalidValue;
-  }
-  if (!encode_matrix(args.gate_up, p.gate_up, p.layers * 2 * S::intermediate, S::hidden, S::heads) ||
+  if (!encode_matrix(args.out, p.out, p.layers * S::hidden, S::hidden, S::heads) ||
+      !encode_matrix(args.gate_up, p.gate_up, p.layers * 2 * S::intermediate, S::hidden, S::heads) ||
       !encode_matrix(args.down, p.down, p.layers * S::hidden, S::intermediate, S::heads) ||
       !encode_matrix(args.head, p.head, p.vocab, S::hidden, S::heads)) {
     return cudaErrorInvalidValue;
   }
-  const auto kernel = persistent_kernel<kHeads, kRows>;
+  for (int i = 0; i < 2; ++i) {
+    const int positions = i == 0 ? S::chunk : 8;
+    if (!encode_cache(args.k[i], p, p.k_cache, p.k_stride, positions) ||
+        !encode_cache(args.v[i], p, p.v_cache, p.v_stride, positions)) {
+      return cudaErrorInvalidValue;
+    }
+  }
+  const auto kernel = persistent_kernel<kHeads, kRows, kProbes>;
   if (cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes)) return e;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(S::ctas);
   config.blockDim = dim3(S::threads);
   config.dynamicSmemBytes = S::shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeCooperative;  // all CTAs at once, or an error
-  attribute.val.cooperative = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeCooperative;  // all CTAs at once, or an error
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;  // all but weights is read after the wait
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-template <int kHeads>
+template <int kHeads, bool kProbes>
 cudaError_t launch_rows(const StepParams& p, cudaStream_t stream) {
-  if (p.rows <= 1) return launch<kHeads, 1>(p, stream);
-  if (p.rows <= 2) return launch<kHeads, 2>(p, stream);
-  return launch<kHeads, 4>(p, stream);
+  if (p.rows <= 1) return launch<kHeads, 1, kProbes>(p, stream);
+  if (p.rows <= 2) return launch<kHeads, 2, kProbes>(p, stream);
+  return launch<kHeads, 4, kProbes>(p, stream);
+}
+template <int kHeads>
+cudaError_t launch_probes(const StepParams& p, cudaStream_t stream) {
+  return p.probes == nullptr ? launch_rows<kHeads, false>(p, stream) : launch_rows<kHeads, true>(p, stream);
 }
 
-/// A head's keys are contiguous, and rows of all caches 16-byte aligned.
+/// Strides that the copy engine takes.
 bool is_streamable(const int64_t (&stride)[4]) {
-  return stride[2] == 64 && stride[0] % 8 == 0 && stride[1] % 8 == 0 && stride[3] % 8 == 0;
+  return stride[0] % 8 == 0 && stride[1] % 8 == 0 && stride[2] % 8 == 0 && stride[3] % 8 == 0;
 }
 
 }  // namespace
@@ -88,7 +106,7 @@ bool step_persistent_supported(const StepParams& p) {
   if (p.dtype != DType::kBFloat16 || p.arch < 90 || p.rows < 1 || p.rows > Mailboxes<16>::kMaxRows) return false;
   if (p.heads != 16 && p.heads != 4) return false;
   if (p.head_dim != 64 || p.heads_kv != p.heads || p.hidden != 64 * p.heads || p.intermediate != 4 * p.hidden) return false;
-  if (p.layers < 1 || p.vocab < 1 || p.capacity > (1 << 24) || p.probes != nullptr) return false;
+  if (p.layers < 1 || p.vocab < 1 || p.capacity > (1 << 24)) return false;
   if (!is_streamable(p.k_stride) || !is_streamable(p.v_stride)) return false;
   if (p.rotary_dtype != DType::kFloat32 && p.rotary_dtype != DType::kBFloat16) return false;
   int device = 0, major = 0, minor = 0, multiprocessors = 0;
@@ -103,7 +121,7 @@ size_t step_persistent_workspace(const StepParams& p) { return p.heads == 16 ? M
 
 cudaError_t step_persistent(const StepParams& p, cudaStream_t stream) {
   if (!step_persistent_supported(p) || p.workspace_bytes < step_persistent_workspace(p)) return cudaErrorInvalidValue;
-  return p.heads == 16 ? launch_rows<16>(p, stream) : launch_rows<4>(p, stream);
+  return p.heads == 16 ? launch_probes<16>(p, stream) : launch_probes<4>(p, stream);
 }
 
 }  // namespace vivace

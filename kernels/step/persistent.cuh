@@ -11,15 +11,17 @@
 // those arrive, only products are left.
 //
 // Results go from CTA to CTA as packets in global memory (L2): payload and a sequence number in one 16-byte store; readers
-// poll. A layer has six such hops, and no barrier across the grid:
-//   1 q, k, v of a head       to the 8 CTAs of the head      each has 8 outputs of each, four rotary pairs
-//   2 attention over 1/8 of the keys, and its log-sum-exp    to the 8 CTAs of the head, which merge all parts
-//   3 the head's share of the output projection              to the owner of the outputs, which adds heads in order
-//   4 residual * gain, sums of squares                       to all
-//   5 silu(gate) * up                                        to all
-//   6 residual * gain, sums of squares                       to all
-// The residual itself stays in fp32 in registers of its owner, which has 8 outputs. The norm's 1 / rms is applied to
-// the sums, after the product.
+// poll. A layer has five such hops, and no barrier across the grid:
+//   1 q, k, v of a head       to CTAs of the head      each has 8 outputs of each, four rotary pairs
+//   2 attention over a part of the row's keys          to all, which merge the parts of all heads
+//   3 residual * gain, sums of squares                 to all
+//   4 silu(gate) * up                                  to all
+//   5 residual * gain, sums of squares                 to all
+// The residual itself stays in fp32 with its owner, which has 8 outputs. The norm's 1 / rms is applied to the sums, after
+// the product.
+//
+// A row's keys are split into 2, 4 or 8 parts, by its length; with fewer parts than CTAs of a head, rows and layers take
+// turns, so that two rows are attended to by different CTAs and all stream as much.
 //
 // A mailbox is written again one layer later at the earliest, when every CTA has been heard of since it was read. Sequence
 // numbers grow from call to call: nothing is ever reset.
@@ -28,11 +30,12 @@
 #pragma once
 
 #include "kernels/step/persistent_consume.cuh"
+#include "kernels/step/persistent_probe.cuh"
 #include "kernels/step/persistent_produce.cuh"
 
 namespace vivace::step {
 
-template <int kHeads, int kRows>
+template <int kHeads, int kRows, bool kProbes>
 __global__ void __launch_bounds__(PersistentShape<kHeads, kRows>::threads, 1)
     persistent_kernel(const __grid_constant__ PersistentArgs args) {
   using S = PersistentShape<kHeads, kRows>;
@@ -41,29 +44,45 @@ __global__ void __launch_bounds__(PersistentShape<kHeads, kRows>::threads, 1)
   ring.data = shared;
   ring.full = reinterpret_cast<uint64_t*>(shared + S::stages * S::stage_bytes);
   ring.empty = ring.full + S::stages;
-  uint32_t* staging = reinterpret_cast<uint32_t*>(ring.empty + S::stages);
-  uint32_t* attended = staging + S::warps * S::staging_words;
-  float* sums_b = reinterpret_cast<float*>(attended + kRows * 32);
+  uint64_t* attended = ring.empty + S::stages;  // all layers' attention is done, for the probes
+  uint32_t* staging = reinterpret_cast<uint32_t*>(attended + 2);
+  float* sums_b = reinterpret_cast<float*>(staging + S::warps * S::staging_words);
   float* sums_a = sums_b + S::sums_b;
   float* sums_c = sums_a + S::sums_a;
+  float* probe_lse = sums_c + S::sums_c;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);  // known to be the same for the warp
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::stages; ++i) {
       sm90::barrier_init(ring.full + i, 1);
       sm90::barrier_init(ring.empty + i, S::warps);
     }
+    sm90::barrier_init(attended, S::warps);
     sm90::barrier_init_fence();
   }
   __syncthreads();
   launch_dependents();
   if (warp >= S::warps) {
     if constexpr (S::warps == 8) sm90::registers_decrease<S::producer_registers>();
-    if (static_cast<int>(threadIdx.x) == 32 * S::warps) produce<kHeads, kRows>(args, ring);
+    if (static_cast<int>(threadIdx.x) == 32 * S::warps) {
+      produce<kHeads, kRows>(args, ring);
+    } else if (kProbes && warp > S::warps) {
+      finish_probes<kHeads, kRows>(args.p, attended, probe_lse, static_cast<int>(threadIdx.x) - 32 * (S::warps + 1));
+    }
   } else {
     if constexpr (S::warps == 8) sm90::registers_increase<S::consumer_registers>();
-    Consumer<kHeads, kRows> consumer{args.p, args.zero, ring, staging + warp * S::staging_words, attended, sums_a,
-                                     sums_b, sums_c,    warp};
-    consumer.run();
+    Worker<kHeads, kRows> worker{args.p,
+                                 kProbes ? args.p.probes : nullptr,
+                                 args.zero,
+                                 ring,
+                                 staging + warp * S::staging_words,
+                                 sums_a,
+                                 sums_b,
+                                 sums_c,
+                                 probe_lse,
+                                 probe_lse + S::probe_lse,
+                                 probe_lse + S::probe_lse + 8 * kRows,
+                                 warp};
+    consume(worker, attended);
   }
 }
 

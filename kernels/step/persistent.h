@@ -21,12 +21,20 @@ struct PersistentShape {
   static constexpr int ctas = group * heads;        // each owns 8 of the hidden outputs and 32 of the intermediate ones
   static constexpr int warps = heads / 2;           // consumers: 128 inputs each (512 of down's), two heads
   static constexpr int threads = 32 * warps + 128;  // the producer is alone in a warpgroup, whose registers the others take
-  static constexpr int consumer_registers = 216;    // 2 warps of 216 and one of 40 in each quarter of the SM: 3 of 168
-  static constexpr int producer_registers = 40;
+  static constexpr int consumer_registers = 208;    // 2 warps of 208 and one of 88 in each quarter of the SM: 3 of 168
+  static constexpr int producer_registers = 88;
 
-  static constexpr int stage_bytes = 8 * hidden * 2;  // 8 rows of weights, or `chunk` keys and values
-  static constexpr int chunk = 8 * warps;             // keys of a stage: 8 a warp
-  static constexpr int slots = warps + 1;             // partial results of attention: a warp's, and the new key's
+  static constexpr int stage_bytes = 8 * hidden * 2;         // 8 rows of weights, or `chunk` keys and values
+  static constexpr int chunk = 8 * warps;                    // keys of a stage
+  static constexpr int chunk_groups = chunk / 16;            // of 16 keys, which a warp takes at a time
+  static constexpr int down_blocks = heads < 8 ? heads : 8;  // of 64 inputs of a stage of down, that a warp multiplies
+
+  // A row's keys are split into 2, 4 or 8 parts by their number.
+  static constexpr int group_log2 = 3;
+  static constexpr int batch_log2 = 1;
+  static constexpr int batch = 1 << batch_log2;  // the least number of parts; so many are merged at a time
+  static constexpr int few_keys = 64 * warps;    // up to this many in 2 parts, up to twice as many in 4
+  static constexpr int slots = warps + 1;        // partial results of attention: a warp's, and the new key's
   static constexpr int slot_floats = head_dim + 2;
 
   static constexpr int passes = rows <= 2 ? 1 : 2;          // in which down's inputs are staged
@@ -38,11 +46,12 @@ struct PersistentShape {
   static constexpr int sums_a = warps * rows * row_a;                                // QKV, output projection
   static constexpr int sums_b = std::max(slots * slot_floats, warps* row_b) * rows;  // attention, gate/up, head
   static constexpr int sums_c = warps * rows * row_c;                                // down
-  static constexpr int fixed_bytes = 4 * (warps * staging_words + rows * 32 + sums_b + sums_a + sums_c);
+  static constexpr int probe_lse = StepParams::kMaxProbes * rows;
+  static constexpr int fixed_bytes = 16 + 4 * (warps * staging_words + sums_b + sums_a + sums_c + probe_lse + 16 * rows);
   static constexpr int max_shared = 232448;
   static constexpr int stages = std::min(16, (max_shared - fixed_bytes) / (stage_bytes + 16));
   static constexpr int shared_bytes = stages * (stage_bytes + 16) + fixed_bytes;
-  static_assert(stages >= 9);
+  static_assert(stages >= 9 && rows <= 4);
 };
 
 /// Mailboxes in the workspace, by offset in bytes; sized for all rows, so that they do not depend on `rows`.
@@ -50,16 +59,14 @@ template <int kHeads>
 struct Mailboxes {
   static constexpr int kMaxRows = 4;
   using Shape = PersistentShape<kHeads, 1>;
-  static constexpr int x_packets = 2;               // a CTA and row: 8 inputs of the next product, their sum of squares
-  static constexpr int part_packets = 11;           // a CTA and row: 64 outputs of attention over its keys, log-sum-exp
-  static constexpr int heads_packets = 4 * kHeads;  // a CTA and row, in 16 bytes: 8 outputs of the projection from each head
-  static constexpr int gated_packets = 6;           // a CTA and row: 32 intermediate values
+  static constexpr int x_packets = 2;      // a CTA and row: 8 inputs of the next product, their sum of squares
+  static constexpr int part_packets = 11;  // a CTA and row: 64 outputs of attention over its keys, log-sum-exp
+  static constexpr int gated_packets = 6;  // a CTA and row: 32 intermediate values
   static constexpr size_t row_packets = size_t{16} * Shape::ctas * kMaxRows;
   static constexpr size_t counter = 0;
   static constexpr size_t heads_qkv = 256;                                         // uint2 (heads, rows, q|k|v, 32)
   static constexpr size_t parts = heads_qkv + size_t{8} * kHeads * kMaxRows * 96;  // uint4 (rows, ctas, 11)
-  static constexpr size_t projected = parts + row_packets * part_packets;          // uint2 (rows, ctas, heads, 8)
-  static constexpr size_t x_out = projected + row_packets * heads_packets;         // uint4 (rows, ctas, 2)
+  static constexpr size_t x_out = parts + row_packets * part_packets;              // uint4 (rows, ctas, 2)
   static constexpr size_t x_down = x_out + row_packets * x_packets;                // uint4 (rows, ctas, 2)
   static constexpr size_t gated = x_down + row_packets * x_packets;                // uint4 (rows, ctas, 6)
   static constexpr size_t bytes = gated + row_packets * gated_packets;
@@ -68,11 +75,13 @@ struct Mailboxes {
 /// Kernel argument. The maps read boxes of 64 inputs x 8 outputs x `heads` groups of 64 inputs, but for `out`; a stage each,
 /// swizzled by 128 bytes.
 struct PersistentArgs {
-  CUtensorMap qkv;      // 64 inputs, 32 outputs, half of a head, input group, head of q|k|v of a layer
-  CUtensorMap out;      // 64 inputs x 8 * heads outputs: inputs, outputs of all layers
-  CUtensorMap gate_up;  // 64 inputs, outputs of all layers, input group; and likewise:
+  CUtensorMap qkv;  // 64 inputs, 32 outputs, half of a head, input group, head of q|k|v of a layer
+  CUtensorMap out;  // 64 inputs, outputs of all layers, input group; and likewise:
+  CUtensorMap gate_up;
   CUtensorMap down;
   CUtensorMap head;
+  CUtensorMap k[2];  // 64 of a head, `chunk` or 8 positions, head, cache row, layer
+  CUtensorMap v[2];
   StepParams p;
   int32_t in_flight;  // stages that the copy engine may have under way at most; more would only queue, and delay the packets
   uint32_t pace;      // cycles between two stages at least: no faster than memory can serve all CTAs

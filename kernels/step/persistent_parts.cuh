@@ -32,8 +32,13 @@ struct Ring {
   __device__ __forceinline__ void wait_full(int i) const { barrier_wait(full + at(i), parity_of(i)); }
   template <int kCount>
   __device__ __forceinline__ void wait_full() const {
+    bool landed = true;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) wait_full(i);
+    for (int i = 0; i < kCount; ++i) landed = barrier_try_wait(full + at(i), parity_of(i)) && landed;
+    if (!__all_sync(0xffffffffu, landed)) {
+#pragma unroll 1
+      for (int i = 0; i < kCount; ++i) wait_full(i);
+    }
     __syncwarp();
   }
   /// Returns the next kCount stages to the producer. `nothing` is 0, but computed from all that this lane has loaded from
@@ -41,10 +46,7 @@ struct Ring {
   template <int kCount>
   __device__ __forceinline__ void release(int lane, uint32_t nothing) {
     __syncwarp();
-    if (lane == 0) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) sm90::barrier_arrive(empty + at(i) + nothing);
-    }
+    if (lane < kCount) sm90::barrier_arrive(empty + at(lane) + nothing);
     advance(kCount);
   }
 };
@@ -136,24 +138,32 @@ __device__ __forceinline__ float sum_over_warps(const float* values) {
 __device__ __forceinline__ uint32_t tag_of(const uint4& v) { return v.w; }
 __device__ __forceinline__ uint32_t tag_of(const uint2& v) { return v.y; }
 
-/// Waits for the packets from[at(j)], j < kN, with `tag`, in the lanes and for the j that `wanted` says.
+/// Asks for the packets that `receive` will wait for.
+template <int kN, typename Packet, typename At, typename Wanted>
+__device__ __forceinline__ void ask(Packet (&v)[kN], const Packet* from, At at, Wanted wanted) {
+#pragma unroll
+  for (int j = 0; j < kN; ++j) {
+    v[j] = Packet{};
+    if (wanted(j)) v[j] = load_packet(from + at(j));
+  }
+}
+/// Waits for the packets from[at(j)], j < kN, with `tag`, in the lanes and for the j that `wanted` says. The lanes of a warp
+/// leave together: what follows would cost a warp that has diverged several times as much.
 template <int kN, typename Packet, typename At, typename Wanted>
 __device__ __forceinline__ void receive(Packet (&v)[kN], const Packet* from, uint32_t tag, At at, Wanted wanted) {
-#pragma unroll
-  for (int j = 0; j < kN; ++j) v[j] = Packet{};
+  ask(v, from, at, wanted);
   Watchdog watchdog;
   for (;;) {
+    bool all = true;
+#pragma unroll
+    for (int j = 0; j < kN; ++j) all = all && (!wanted(j) || tag_of(v[j]) == tag);
+    if (__all_sync(0xffffffffu, all)) break;
+    watchdog.check();
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
       if (wanted(j) && tag_of(v[j]) != tag) v[j] = load_packet(from + at(j));
     }
-    bool all = true;
-#pragma unroll
-    for (int j = 0; j < kN; ++j) all = all && (!wanted(j) || tag_of(v[j]) == tag);
-    if (all) break;
-    watchdog.check();
   }
-  __syncwarp();
 }
 
 }  // namespace vivace::step

@@ -1,30 +1,9 @@
 // The producer of the persistent step: one thread that streams weights, keys and values.
 #pragma once
 
-#include "kernels/step/persistent_parts.cuh"
+#include "kernels/step/persistent_keys.cuh"
 
 namespace vivace::step {
-
-/// What the cache says of a row.
-struct CacheRow {
-  int length;   // old keys to read
-  int row;      // of the cache
-  bool writes;  // whether there is room for the new key
-};
-__device__ __forceinline__ CacheRow cache_row(const StepParams& p, int row) {
-  const int length = p.cache_seqlens[row], c = p.cache_batch_idx[row];
-  if (c < 0 || c >= p.cache_rows) return {0, 0, false};
-  const int capacity = static_cast<int>(p.capacity);
-  return {max(0, min(length, capacity)), c, length >= 0 && length < capacity};
-}
-
-/// First of the old keys that CTA `part` of a head reads; its last is before first_key(part + 1).
-template <typename S>
-__device__ __forceinline__ int first_key(int part, int length) {
-  return static_cast<int>(static_cast<int64_t>(part) * length / S::group);
-}
-
-__device__ __forceinline__ int64_t clamp_index(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
 template <int kHeads, int kRows>
 __device__ __forceinline__ void produce(const PersistentArgs& args, Ring<PersistentShape<kHeads, kRows>> ring) {
@@ -49,49 +28,54 @@ __device__ __forceinline__ void produce(const PersistentArgs& args, Ring<Persist
     sm90::barrier_expect(barrier, bytes);
     return barrier;
   };
+  const int layers = static_cast<int>(p.layers), tiles = static_cast<int>((p.vocab + 7) / 8);
+
   auto weights = [&](const CUtensorMap& map, int output, int group) {
     uint64_t* barrier = acquire(S::stage_bytes);
     tma_load_3d(ring.stage(0), &map, barrier, 0, output, group, sm90::kEvictFirst);
     ring.advance(1);
   };
-
-  CacheRow cache[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) cache[r] = r < rows ? cache_row(p, r) : CacheRow{0, 0, false};
-
-  const int layers = static_cast<int>(p.layers);
-  for (int layer = 0; layer < layers; ++layer) {
+  auto load_qkv = [&](int layer) {
     for (int i = 0; i < 3; ++i) {
       uint64_t* barrier = acquire(S::stage_bytes);
       tma_load_5d(ring.stage(0), &args.qkv, barrier, 0, 4 * part, 0, 0, (layer * 3 + i) * S::heads + head,
                   sm90::kEvictFirst);
       ring.advance(1);
     }
+  };
+  // Weights do not depend on the kernels before.
+  load_qkv(0);
+  wait_for_predecessors();
+
+  CacheRow cache[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) cache[r] = r < rows ? cache_row(p, r) : CacheRow{0, 0, false};
+
+  for (int layer = 0; layer < layers; ++layer) {
+    if (layer > 0) load_qkv(layer);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int end = first_key<S>(part + 1, cache[r].length);
-      for (int key = first_key<S>(part, cache[r].length); key < end; key += S::chunk) {
-        const uint32_t bytes = static_cast<uint32_t>(min(S::chunk, end - key)) * S::head_dim * 2;
-        uint64_t* barrier = acquire(2 * bytes);
-        const int64_t k = layer * p.k_stride[0] + cache[r].row * p.k_stride[1] + key * p.k_stride[2] + head * p.k_stride[3];
-        const int64_t v = layer * p.v_stride[0] + cache[r].row * p.v_stride[1] + key * p.v_stride[2] + head * p.v_stride[3];
-        bulk_load(ring.stage(0), static_cast<const bf16*>(p.k_cache) + k, bytes, barrier);
-        bulk_load(ring.stage(0) + S::stage_bytes / 2, static_cast<const bf16*>(p.v_cache) + v, bytes, barrier);
+      const KeyRange range = key_range<S>(layer, r, part, cache[r].length);
+      for (int key = range.first; key < range.end; key += S::chunk) {
+        // A whole stage at once, or 8 keys at a time: no more than 7 too many.
+        const bool whole = range.end - key >= S::chunk;
+        const int step = whole ? S::chunk : 8, boxes = whole ? 1 : (range.end - key + 7) / 8;
+        const CUtensorMap *k = args.k + (whole ? 0 : 1), *v = args.v + (whole ? 0 : 1);
+        uint64_t* barrier = acquire(static_cast<uint32_t>(boxes * step) * 256);
+        for (int i = 0; i < boxes; ++i) {
+          uint8_t* to = ring.stage(0) + i * 1024;
+          tma_load_5d(to, k, barrier, 0, key + 8 * i, head, cache[r].row, layer, sm90::kEvictFirst);
+          tma_load_5d(to + S::stage_bytes / 2, v, barrier, 0, key + 8 * i, head, cache[r].row, layer, sm90::kEvictFirst);
+        }
         ring.advance(1);
       }
     }
-    {
-      uint64_t* barrier = acquire(S::stage_bytes);
-      tma_load_2d(ring.stage(0), &args.out, barrier, S::head_dim * head, layer * S::hidden + part * 8 * S::heads,
-                  sm90::kEvictFirst);
-      ring.advance(1);
-    }
+    weights(args.out, layer * S::hidden + 8 * cta, 0);
     for (int i = 0; i < 8; ++i) {
       weights(args.gate_up, (2 * layer + i / 4) * S::intermediate + 32 * cta + 8 * (i % 4), 0);
     }
     for (int i = 0; i < 4; ++i) weights(args.down, layer * S::hidden + 8 * cta, i * S::heads);
   }
-  const int tiles = static_cast<int>((p.vocab + 7) / 8);
   for (int tile = cta; tile < tiles; tile += S::ctas) weights(args.head, 8 * tile, 0);
 }
 

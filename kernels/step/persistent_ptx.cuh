@@ -42,6 +42,11 @@ __device__ __forceinline__ void store_packet(uint2* p, uint32_t x, uint32_t tag)
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
+/// x, computed anew as far as the compiler knows: what follows from it is not kept in registers over a layer.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 /// %clock
 __device__ __forceinline__ uint32_t cycles() {
   uint32_t now;
@@ -100,14 +105,8 @@ __device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap
       "l"(map), "r"(sm90::smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(hint)
       : "memory");
 }
-/// cp.async.bulk: `bytes` (a multiple of 16) from global to shared memory; completes on `barrier`.
-__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   sm90::smem_address(destination)),
-               "l"(source), "r"(bytes), "r"(sm90::smem_address(barrier))
-               : "memory");
-}
-
+/// griddepcontrol.wait: until the kernels before have completed, and what they wrote is visible.
+__device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 /// griddepcontrol.launch_dependents: the next kernel of the stream may be scheduled.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

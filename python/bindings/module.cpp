@@ -87,6 +87,7 @@ py::dict to_dict(const Stats& s) {
   d["cancelled"] = s.cancelled;
   d["failed"] = s.failed;
   d["prompt_tokens"] = s.prompt_tokens;
+  d["prompt_tokens_reused"] = s.prompt_tokens_reused;
   d["generated_tokens"] = s.generated_tokens;
   d["decode_steps"] = s.decode_steps;
   d["decode_rows"] = s.decode_rows;

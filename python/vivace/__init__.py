@@ -46,7 +46,7 @@ _LAZY = {
     "doctor": "vivace.doctor",
 }
 
-_SUBMODULES = ("flash_attn", "ops", "transformers")
+_SUBMODULES = ("chatterbox", "flash_attn", "ops", "transformers")
 
 __all__ = ["__version__", *sorted(_LAZY)]
 

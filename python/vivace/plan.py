@@ -136,11 +136,13 @@ def largest_error(rows: Sequence[dict], overhead: Overhead) -> float:
     errors = [0.0]
     for row in rows:
         if row.get("vram_peak_gib") is not None and row.get("implementation") == "vivace":
-            found = predict(
-                row_shape(row), row["requests"], row["max_tokens"], **row_options(row), overhead=overhead
-            ).total
-            errors.append(100 * (found / GIB / row["vram_peak_gib"] - 1))
+            errors.append(100 * (predict_row(row, overhead) / GIB / row["vram_peak_gib"] - 1))
     return max(errors, key=abs)
+
+
+def predict_row(row: dict, overhead: Overhead = MEASURED) -> float:
+    """Bytes that a process takes which does what a row of `vivace bench generate` did."""
+    return predict(row_shape(row), row["requests"], row["max_tokens"], **row_options(row), overhead=overhead).total
 
 
 def row_shape(row: dict) -> Shape:

@@ -88,6 +88,7 @@ TEST_CASE("sampled tokens on CUDA are those of the CPU, alone and in a batch, wi
     CHECK(stats.graph_captures > 0);
     CHECK(stats.graph_replays + stats.eager_steps == stats.decode_steps);
     CHECK(stats.graph_replays > stats.eager_steps);
+    CHECK(stats.prompt_tokens_reused > 0);  // all have one voice
   }
   Engine eager(on(fixture, "cuda", false));
   CHECK(run_together(eager, requests) == expected);
@@ -125,13 +126,15 @@ TEST_CASE("fused steps on CUDA in bf16: graphs replay what runs without them, an
     WARN("decode_step does not take the test's model here: " << engine.stats().not_fused);
     return;
   }
-  CHECK(engine.stats().graph_captures > 0);  // before the first request
+  const int64_t captures = engine.stats().graph_captures;  // before the first request
+  CHECK(captures > 0);
   const std::vector<Request> requests = mixed_requests(fixture, fixture.voice(engine), 12);
   std::vector<std::vector<int64_t>> together = run_together(engine, requests);
   Stats stats = engine.stats();
   CHECK(stats.fused_steps == stats.decode_steps);
   CHECK(stats.graph_replays == stats.decode_steps);
   CHECK(stats.eager_steps == 0);
+  CHECK(stats.graph_captures == captures);
   options.cuda_graphs = false;
   Engine eager(options);
   CHECK(run_together(eager, requests) == together);

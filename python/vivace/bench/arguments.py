@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from vivace import plan
 from vivace.bench import lists
 
 OPS = ("forward", "varlen", "decode", "overhead")
@@ -164,6 +165,12 @@ def add_generate(subjects) -> None:
     )
     grid = parser.add_argument_group("cases")
     grid.add_argument("--batch", type=lists.positive, metavar="LIST", help="requests (1,2,5,10,20,64; CPU: 1,2)")
+    grid.add_argument(
+        "--vram",
+        type=plan.sizes,
+        metavar="LIST",
+        help="GiB of cards: the batches that vivace plan puts into them; besides --batch, where that is given",
+    )
     grid.add_argument("--max-tokens", type=int, metavar="N", help="of each request (1000; CPU: 32)")
     grid.add_argument("--cfg-weight", type=float, metavar="W", help="guidance; 0 runs one row a request (0.5)")
     grid.add_argument("--text", metavar="TEXT", help="of every request (one of about 100 text tokens)")
@@ -190,6 +197,7 @@ def add_generate(subjects) -> None:
         run=run_generate,
         models=[],
         batch=None,
+        vram=None,
         max_tokens=None,
         cfg_weight=0.5,
         text=None,

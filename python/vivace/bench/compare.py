@@ -37,7 +37,7 @@ FIGURES = {
 #: What tells the rows of one case apart.
 PARTS = ("call", "from", "arch", "implementation", "model")
 #: Settings that have to be the same for the figures to mean the same.
-SETTINGS = ("seed", "warmup", "tokens", "max_tokens")
+SETTINGS = ("seed", "warmup", "tokens", "max_tokens", "text")
 
 
 @dataclass(frozen=True)

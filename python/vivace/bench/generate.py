@@ -54,12 +54,29 @@ def execute(arguments: argparse.Namespace) -> int:
     if tokens < 2:
         raise ValueError("vivace bench generate: --max-tokens must be 2 or more")
     described = "files" if arguments.models else shape
-    cases = [
-        GenerateCase(n, tokens, arguments.cfg_weight, described)
-        for n in arguments.batch or ((1, 2) if cpu else BATCHES)
-    ]
+    cases = [GenerateCase(n, tokens, arguments.cfg_weight, described) for n in batches(arguments, cpu, tokens)]
     with tempfile.TemporaryDirectory(prefix="vivace-bench-") as folder:
         return GenerateBench(arguments, device, cases, shape, Path(executable).resolve(), Path(folder)).execute()
+
+
+def batches(arguments: argparse.Namespace, cpu: bool, tokens: int) -> list[int]:
+    """The numbers of requests: those of --batch, and the most that `vivace plan` puts into each card of --vram.
+
+    Raises:
+        ValueError: a card holds not even one request; --vram without a GPU.
+    """
+    if not arguments.vram:
+        return list(dict.fromkeys(arguments.batch or ((1, 2) if cpu else BATCHES)))
+    if cpu:
+        raise ValueError("vivace bench generate: --vram plans the memory of a GPU, this run has none")
+    shape, options = plan.shape_of(arguments.dtype or "bf16"), {"guided": arguments.cfg_weight > 0}
+    found = list(arguments.batch or ())
+    for size in arguments.vram:
+        fitting = plan.largest_batch((size - plan.RESERVE) * plan.GIB, shape, tokens, **options)
+        if fitting is None:
+            raise ValueError(f"vivace bench generate: --vram {size:g}: not even one request of {tokens} tokens fits")
+        found.append(fitting.requests)
+    return list(dict.fromkeys(found))
 
 
 class GenerateBench(run.Bench):
@@ -89,6 +106,14 @@ class GenerateBench(run.Bench):
         own = [row for row in self.rows if row.get("implementation", "vivace") == "vivace"]
         return any(all("error" in row for row in own if row["case"] == self.identity(case)) for case in self.cases)
 
+    def settings(self) -> dict:
+        text = self.arguments.text or TEXT
+        return super().settings() | {"text": tensors.text_hash(text), "export_dtype": self.dtype()}
+
+    def dtype(self) -> str:
+        """That checkpoints are exported in, and the random model is made in."""
+        return self.arguments.dtype or ("fp32" if self.device == "cpu" else "bf16")
+
     def identity(self, case: GenerateCase) -> str:
         names = ", ".join(Path(name).name for name in self.arguments.models) or "random"
         return f"{case.title()}: {names}"
@@ -100,19 +125,26 @@ class GenerateBench(run.Bench):
         found = machine.ceilings(self.device, torch.bfloat16 if self.device == "cuda" else torch.float32)
         if self.device == "cuda":
             torch.cuda.empty_cache()
-        dtype = self.arguments.dtype or ("fp32" if self.device == "cpu" else "bf16")
         files = {"tokenizer": self.arguments.tokenizer, "voice": self.arguments.voice}
-        self.models, failed = prepare(self.arguments.models, self.folder, self.shape, dtype, self.arguments.seed, files)
+        self.models, failed = prepare(
+            self.arguments.models, self.folder, self.shape, self.dtype(), self.arguments.seed, files
+        )
         self.unusable = failed
         self.note_all(f"{name} is not measured: {reason}" for name, reason in failed.items())
         return found
 
+    def forms(self, case: GenerateCase) -> list[str]:
+        """The peers that take the case: they know one guided request at once."""
+        return self.peers if case.requests == 1 and case.cfg_weight > 0 else []
+
     def candidates(self, case: GenerateCase) -> list:
         found = [process.Engine(self.executable, model.archive, model.tokenizer, model.voice) for model in self.models]
-        if case.requests == 1 and case.cfg_weight > 0:
-            tokens = plan.TEXT_TOKENS
-            found += [process.Chatterbox(form, self.shape, tokens) for form in self.peers]
-        return found
+        return found + [process.Chatterbox(form, self.shape, plan.TEXT_TOKENS) for form in self.forms(case)]
+
+    def weight(self, case: GenerateCase) -> float:
+        """A batch of 64 takes three times as long as one request; a peer, with its imports, as long as four."""
+        models = max(1, len(self.arguments.models))
+        return models * (1 + case.requests / 32) + 4 * len(self.forms(case))
 
     def work(self, case: GenerateCase, candidate, alone: bool) -> process.Workload:
         peer = isinstance(candidate, process.Chatterbox)
@@ -186,11 +218,7 @@ class GenerateBench(run.Bench):
         width = plan.model_shape(manifest).kv_bytes_per_token
         found = {"kv_bytes_per_token": width}
         if row.get("vram_peak_gib") and "weight_bytes" in row:
-            whole = case.key() | row | found
-            predicted = plan.predict(
-                plan.row_shape(whole), case.requests, case.max_tokens, **plan.row_options(whole)
-            ).total
-            found["plan_gib"] = round(predicted / memory.GIB, 3)
+            found["plan_gib"] = round(plan.predict_row(case.key() | row | found) / memory.GIB, 3)
             found["plan_error_percent"] = figures.significant(100 * (found["plan_gib"] / row["vram_peak_gib"] - 1), 3)
         return found
 

@@ -11,7 +11,7 @@ from vivace.bench import tables
 
 #: Columns of a CSV whose values stay text, whatever they look like.
 TEXT = {"gpu", "unit", "driver", "cuda", "cudnn", "torch", "python", "vivace", "commit", "cpu", "hash", "lengths"}
-TEXT |= {"arch", "date", "case", "model", "shape"}
+TEXT |= {"arch", "date", "case", "model", "shape", "text"}
 
 LABELS = {
     "gpu": ("GPU", ""),
@@ -100,4 +100,11 @@ def csv_value(text: str):
 
 def fact_text(name: str, value) -> str:
     label, unit = LABELS.get(name, (name.replace("_", " "), ""))
-    return f"{label}: {value}{unit}"
+    return f"{label}: {plain(name, value)}{unit}"
+
+
+def plain(name: str, value) -> str:
+    """A fact's value as people write it: 700 for 700.0, and cuDNN's version with points."""
+    if name == "cudnn" and str(value).isdecimal() and len(str(value)) == 5:  # 91900 is 9.19.0
+        return f"{int(value) // 10000}.{int(value) // 100 % 100}.{int(value) % 100}"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -15,7 +15,7 @@ LIMIT_SECONDS = 1800
 
 #: Counters of the engine that a row keeps.
 STATS = ("decode_steps", "fused_steps", "not_fused", "graph_replays", "graph_captures", "eager_steps")
-STATS += ("weight_bytes", "cache_bytes", "workspace_bytes", "warm_up_seconds")
+STATS += ("prompt_tokens_reused", "weight_bytes", "cache_bytes", "workspace_bytes", "warm_up_seconds")
 
 
 class Failed(RuntimeError):

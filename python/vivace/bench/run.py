@@ -62,6 +62,10 @@ class Bench:
         """What a row's `case` says: --resume and compare match rows by it."""
         return case.title()
 
+    def weight(self, case: Case) -> float:
+        """How long a case takes compared with the others, roughly: for the estimate of the time that is left."""
+        return 1.0
+
     # The run.
 
     def settings(self) -> dict:
@@ -128,9 +132,10 @@ class Bench:
         if not self.cases:
             return False
         self.watch = machine.ClockWatch(self.device)
-        progress = Progress(len(self.cases))
+        progress = Progress([self.weight(case) for case in self.cases])
         interrupted, done, before = False, 0, len(self.rows)
         try:
+            progress.say("preparing, and measuring what the machine can do at most")
             self.facts |= self.ceilings()
             for done, case in enumerate(self.cases):
                 progress.step(done, case.title())

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from vivace.bench import figures, machine, replay, run, step_peers, step_state, subject, tensors, timing
+from vivace.bench import figures, machine, replay, run, step_compile, step_peers, step_state, subject, tensors, timing
 from vivace.bench.timing import Call
+from vivace.t3.config import preset
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,18 @@ class StepBench(run.Bench):
         self.buffer = None
 
     def ceilings(self) -> dict:
+        if self.device == "cuda" and "compile" in self.peers:
+            step_compile.compile_ahead([self.compile_job(case) for case in self.cases])
         return machine.ceilings(self.device, tensors.DTYPES[self.cases[0].dtype])
+
+    def compile_job(self, case: StepCase) -> tuple[dict, float]:
+        """The arguments of `step_compile.compile_one`, and the bytes of its KV cache."""
+        model, seed = self.arguments.model, self.arguments.seed
+        names = {name: getattr(case, name) for name in ("rows", "tokens", "shape", "dtype")}
+        job = names | {"model": model and str(model.resolve()), "device": self.device, "seed": seed}
+        config = preset(case.shape if model is None else "real")
+        width = 2 * config.num_layers * config.num_kv_heads * config.head_dim * tensors.DTYPES[case.dtype].itemsize
+        return job, case.rows * step_state.capacity_of(case.tokens) * width
 
     def identity(self, case: StepCase) -> str:
         archs = self.arguments.arch
@@ -114,6 +126,8 @@ class StepBench(run.Bench):
         self.note_all(f"{name} was not measured at {case.rows} rows: {why}" for name, why in errors.items())
         floor = min((figures.summarise(s)["median"] for (k, _), s in samples.items() if k == "read"), default=None)
         peers = {name: s for (kind, name), s in samples.items() if kind == "peer"}
+        if "compile" in peers and self.device == "cuda":
+            step_compile.mark(self.compile_job(case)[0])
         for arch in archs:
             row = {"arch": subject.nominal_arch(arch, self.device)}
             if ("vivace", arch) not in samples:

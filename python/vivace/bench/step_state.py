@@ -174,12 +174,17 @@ def requests_of(rows: int) -> int:
     return rows // 2 if rows % 2 == 0 else rows
 
 
+def capacity_of(tokens: int) -> int:
+    """Positions of a cache that holds ``tokens``: whole thousands, as an engine's has."""
+    return -(-(tokens + SLACK) // 1024) * 1024 if tokens >= 256 else tokens + SLACK
+
+
 def make_state(weights: Weights, rows: int, tokens: int, seed: int) -> State:
     """A cache of normally distributed keys and values, ``tokens`` in every row."""
     config, device, dtype = weights.config, weights.qkv.device, weights.qkv.dtype
     generator = torch.Generator(device).manual_seed(seed + 1)
     requests = requests_of(rows)
-    capacity = -(-(tokens + SLACK) // 1024) * 1024 if tokens >= 256 else tokens + SLACK
+    capacity = capacity_of(tokens)
     shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
     caches = []
     for _ in range(2):

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from vivace import plan
+
 #: Columns that tell the rows of an operator apart; those of one value, or none, are left out where `*`.
 COLUMNS = {
     "forward": ("d", "mask", "s", "s_k*", "window*", "batch*", "heads*", "heads_kv*", "dtype*", "arch*"),
@@ -12,6 +14,8 @@ COLUMNS = {
     "step": ("rows", "requests*", "tokens", "model*", "shape*", "dtype*", "arch*", "path*"),
     "generate": ("requests", "implementation", "model*", "cfg_weight*", "max_tokens*", "dtype*"),
 }
+#: What the rows of an operator are sorted by; those of the others stay as they were measured.
+ORDER = {"step": ("tokens", "rows"), "generate": ("requests",)}
 #: Columns that are left out where this product is the same in all rows.
 PRODUCTS = {"batch": "s", "heads": "d"}
 #: Which column holds the figure that the peers are compared by, its heading, and the share of the ceiling.
@@ -62,6 +66,7 @@ def tables(rows: Sequence[dict]) -> list[Table]:
     found = []
     for op in COLUMNS:
         some = [row for row in rows if row["op"] == op]
+        some.sort(key=lambda row: [row.get(name, 0) for name in ORDER.get(op, ())])
         if some:
             found.append(generate_table(some) if op == "generate" else timing_table(op, some))
     return found
@@ -71,7 +76,7 @@ def timing_table(op: str, rows: Sequence[dict]) -> Table:
     columns, constants = key_columns(op, rows)
     rate, heading, share, share_heading = RATE[op]
     columns.append((f"vivace {heading}", [number(row.get(rate)) for row in rows]))
-    columns.append(("±", [f"{number(row.get('spread_percent'))}%" if "spread_percent" in row else "-" for row in rows]))
+    columns.append(spread_column(rows))
     if any("gbps" in row for row in rows):
         columns.append(("GB/s", [number(row.get("gbps")) for row in rows]))
     if share is not None and any(share in row for row in rows):
@@ -95,12 +100,22 @@ def timing_table(op: str, rows: Sequence[dict]) -> Table:
     return table
 
 
+def spread_column(rows: Sequence[dict]) -> tuple[str, list[str]]:
+    """The distance of the quartiles over the median; of a single sample there is none."""
+    spread = [row.get("spread_percent") if row.get("samples", 2) > 1 else None for row in rows]
+    return "±", ["-" if value is None else f"{value:.1f}%" for value in spread]
+
+
 def generate_table(rows: Sequence[dict]) -> Table:
     columns, constants = key_columns("generate", rows)
+    # Of a run that is older than this version's planner: what this one says.
+    rows = [row | {"plan_gib": plan.predict_row(row) / plan.GIB} if "plan_gib" in row else row for row in rows]
     for heading, name, digits in GENERATE:
         if any(row.get(name) is not None for row in rows):
             values = [row.get(name) for row in rows]
             columns.append((heading, ["-" if v is None else f"{v:,.{digits}f}" for v in values]))
+        if name == "tokens_per_s" and any(row.get("samples", 1) > 1 for row in rows):
+            columns.append(spread_column(rows))
     table = Table("generate", TITLES["generate"], [h for h, _ in columns], transpose(columns), constants)
     table.left = {i for i, h in enumerate(table.headings) if h in ("implementation", "model")}
     end(table, rows)

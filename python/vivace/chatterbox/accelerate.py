@@ -56,7 +56,8 @@ def accelerate(
         TypeError, ValueError: the model is not one of these, or an option is out of range.
         ValueError: implementation is flash_attention_2 and cannot be; CheckpointError (a ValueError): T3 is not of
             the shape that vivace computes. torch.OutOfMemoryError: no room for weights and cache.
-        Whatever is raised, the model is as it was.
+        Whatever is raised, the model is as it was, or without the acceleration that other options were to take the
+        place of.
 
     Accelerating twice changes nothing, or with other options is as after restore(). Two threads may call generate().
     """
@@ -78,6 +79,8 @@ def accelerate(
             if before.options == options:
                 pipeline.attach(model, before)
                 return model
+            where = before.home if device is None else torch.device(device)
+            choose(where, t3.tfmr.norm.weight.dtype, implementation, dtype)  # what cannot be leaves the first in force
             restore(model)
         home = device_of(t3)
         where = home if device is None else torch.device(device)
@@ -104,7 +107,7 @@ def restore(model: Model) -> Model:
         torch.OutOfMemoryError: there is no room for T3's weights on their device; free some and call it again.
     """
     with _lock:
-        session = session_of(find_t3(model))
+        session = _session_of_any(model)
         if session is not None:
             try:
                 session.close()
@@ -114,8 +117,8 @@ def restore(model: Model) -> Model:
 
 
 def is_accelerated(model: Any) -> bool:
-    """Whether accelerate() is in force for a Chatterbox model."""
-    return session_of(find_t3(model)) is not None
+    """Whether accelerate() is in force for a model; False for what it could not be."""
+    return _session_of_any(model) is not None
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -132,6 +135,11 @@ def describe(model: Any) -> dict[str, Any]:
         "parked_bytes": session.parking.bytes,
         "engine": session.backend.stats() if session.backend is not None else {},
     }
+
+
+def _session_of_any(model: Any) -> Session | None:
+    t3 = getattr(model, "t3", model)
+    return session_of(t3) if isinstance(t3, nn.Module) else None
 
 
 def _install(model: Any, session: Session) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vivace.chatterbox import random_state
-from vivace.chatterbox.errors import memory_error
+from vivace.chatterbox.errors import OUT_OF_MEMORY, RESTORED, memory_error
 from vivace.chatterbox.request import Outcome, Request, exaggeration_of, prompt_of, speaker_of
 from vivace.chatterbox.source import ModuleWeights
 from vivace.engine import Engine, GenerationError
@@ -24,6 +24,7 @@ from vivace.t3 import T3Config, archive, load_model, script
 from vivace.t3.manifest import dtype_name, make_manifest
 
 _VOICES = 64  # kept with their embeddings
+_PROGRESS_SECONDS = 0.1  # between two looks at how far a request is
 _MOST_AT_ONCE = 8  # requests that the engine grows to by itself; each takes half a gigabyte of KV cache in bfloat16
 
 
@@ -75,6 +76,7 @@ class EngineBackend:
         self.engine: Engine | None = None
         self._room = threading.Condition()
         self._active = 0  # requests that hold the engine as it is
+        self._closed = False
         self._drawing = threading.Lock()  # torch's default generator serves one request at a time
         self._voices: OrderedDict[str, Any] = OrderedDict()
         self._open(capacity, max_requests)
@@ -96,13 +98,17 @@ class EngineBackend:
             try:
                 for request in requests:
                     ids.append(self._submit(engine, request))
-                outcomes = [self._wait(engine, id) for id in ids]
-            except BaseException:  # Ctrl-C too
+                outcomes = [self._wait(engine, id, request) for id, request in zip(ids, requests, strict=True)]
+            except BaseException as error:  # Ctrl-C too
                 for id in ids:
                     with contextlib.suppress(ValueError, GenerationError):  # what was not waited for
                         engine.cancel(id)
                         engine.wait(id, 5.0)
+                if self._closed and isinstance(error, ValueError):
+                    raise RuntimeError(RESTORED) from None
                 raise
+            if self._closed and any(outcome.finish_reason == "cancelled" for outcome in outcomes):
+                raise RuntimeError(RESTORED)
             if continues:
                 for request, outcome in zip(requests, outcomes, strict=True):
                     if request.seed is None:
@@ -117,7 +123,13 @@ class EngineBackend:
         return {} if self.engine is None else self.engine.stats()
 
     def close(self) -> None:
-        """Requests in flight end as cancelled."""
+        """Requests in flight, and those that wait for room, end with an error."""
+        with self._room:
+            self._closed = True
+            self._room.notify_all()
+        self._drop()
+
+    def _drop(self) -> None:
         engine, self.engine = self.engine, None
         self._voices.clear()
         if engine is not None:
@@ -164,6 +176,8 @@ class EngineBackend:
         capacity = max(prompt + len(request.text_tokens) + request.max_new_tokens for request in requests)
         with self._room:
             while True:
+                if self._closed:
+                    raise RuntimeError(RESTORED)
                 grown = self._grown(capacity, len(requests))
                 if grown == (self.capacity, self.max_requests):
                     if self.engine is None:  # opening it for a larger request has failed
@@ -191,7 +205,7 @@ class EngineBackend:
 
     def _reopen(self, capacity: int, max_requests: int) -> None:
         logger.info("vivace: engine opened anew for %d requests of %d positions", max_requests, capacity)
-        self.close()
+        self._drop()
         self._open(capacity, max_requests)  # where it fails, the next request opens it as it was
 
     # One request
@@ -226,11 +240,18 @@ class EngineBackend:
             on_tokens=callback,
         )
 
-    def _wait(self, engine: Engine, id: int) -> Outcome:
+    def _wait(self, engine: Engine, id: int, request: Request) -> Outcome:
         try:
-            result = engine.wait(id)
+            if request.progress is None:
+                result = engine.wait(id)
+            else:
+                result = engine.wait(id, _PROGRESS_SECONDS)
+                while not result.finish_reason:
+                    request.progress(len(result.tokens))
+                    result = engine.wait(id, _PROGRESS_SECONDS)
+                request.progress(len(result.tokens))
         except GenerationError as error:
-            raise memory_error(error, "vivace: out of memory while generating; the model is usable") or error from None
+            raise memory_error(error, OUT_OF_MEMORY) or error from None
         if result.detail:
             logger.warning("vivace: %s", result.detail)
         return Outcome(result.tokens, result.finish_reason)

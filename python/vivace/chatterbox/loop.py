@@ -48,6 +48,8 @@ def run(rows: Rows, request: Request, hp, device: torch.device, aligned: bool) -
                 return Outcome(tokens, "stop")
             tokens.append(last)
             seen = torch.cat([seen, token], dim=1)
+            if request.progress is not None:
+                request.progress(len(tokens))
             if request.on_tokens is not None:
                 go_on = request.on_tokens(request.index, [last], len(tokens), request.max_new_tokens)
                 if go_on is not None and not go_on:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vivace.chatterbox.errors import memory_error
+from vivace.chatterbox.errors import OUT_OF_MEMORY, RESTORED, memory_error
 from vivace.chatterbox.loop import run
 from vivace.chatterbox.request import Outcome, Request
 from vivace.chatterbox.source import ModuleWeights
@@ -18,7 +18,7 @@ class PythonBackend:
 
     def __init__(self, t3: nn.Module, config: T3Config, *, device: torch.device, dtype: torch.dtype, aligned: bool):
         self.t3, self.config, self.device, self.aligned = t3, config, device, aligned
-        self.lock = threading.Lock()
+        self.lock, self.closed = threading.RLock(), False
 
     def rows(self, request: Request) -> Any:
         raise NotImplementedError
@@ -27,18 +27,21 @@ class PythonBackend:
         outcomes = []
         for request in requests:
             with self.lock:  # T3Cond and, for torch's default generator, the order of draws
+                if self.closed:
+                    raise RuntimeError(RESTORED)
                 try:
                     outcomes.append(run(self.rows(request), request, self.t3.hp, self.device, self.aligned))
                 except (RuntimeError, MemoryError) as error:
-                    what = "vivace: out of memory while generating; the model is usable"
-                    raise memory_error(error, what) or error from None
+                    raise memory_error(error, OUT_OF_MEMORY) or error from None
         return outcomes
 
     def stats(self) -> dict[str, Any]:
         return {}
 
     def close(self) -> None:
-        pass
+        """Waits for the request that runs: T3's weights change next. Those that wait for it are refused."""
+        with self.lock:
+            self.closed = True
 
 
 class OperatorBackend(PythonBackend):
@@ -60,6 +63,7 @@ class OperatorBackend(PythonBackend):
         return OperatorRows(self.model, self.config, request, self.aligned)
 
     def close(self) -> None:
+        super().close()
         self.model = None
 
 

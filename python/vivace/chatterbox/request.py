@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 #: on_tokens(index, new_tokens, tokens_so_far, max_new_tokens); returning False ends the request.
 TokenCallback = Callable[[int, list[int], int, int], bool | None]
+#: progress(tokens_so_far), from the thread that waits, every now and then and at the end.
+Progress = Callable[[int], None]
 
 #: Arguments of T3.inference without effect on its loop in any version: there are no beams.
 _IGNORED = {"length_penalty"}
@@ -24,6 +26,7 @@ class Request:
         t3_cond: Chatterbox's T3Cond, as it came.
         text_tokens: ids with start and stop.
         seed: of its own generator; None: it draws from torch's default generator.
+        progress: for a bar: unlike on_tokens it costs the engine nothing, and cannot end the request.
     """
 
     t3_cond: Any
@@ -38,6 +41,7 @@ class Request:
     seed: int | None = None
     index: int = 0
     on_tokens: TokenCallback | None = None
+    progress: Progress | None = None
 
     @property
     def guided(self) -> bool:

@@ -1,16 +1,20 @@
 """An accelerated T3: what stands in for its inference()."""
 
+import contextlib
 import inspect
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from vivace.chatterbox.choice import Choice
+from vivace.chatterbox.errors import OUT_OF_MEMORY, RESTORED, memory_error
 from vivace.chatterbox.parking import Parking
-from vivace.chatterbox.request import Outcome, Request, TokenCallback, request_of
+from vivace.chatterbox.request import Outcome, Progress, Request, TokenCallback, request_of
 from vivace.patches import Patches
 
 #: Name of the session among the attributes of an accelerated T3.
@@ -63,7 +67,30 @@ class Session:
         if isinstance(mode, Replay):
             mode.used = True
             return mode.tokens
-        return self.tensor(self.generate([request_of(arguments, self.t3)])[0])
+        request = request_of(arguments, self.t3)
+        with self._bar(request.max_new_tokens) as progress:
+            return self.tensor(self.generate([replace(request, progress=progress)])[0])
+
+    @contextlib.contextmanager
+    def _bar(self, steps: int) -> Iterator[Progress | None]:
+        """Chatterbox's progress bar, made as T3.inference makes it, by the tqdm that its module has: who has replaced
+        that, to silence it say, is heard here too."""
+        make = getattr(sys.modules.get(type(self.t3).__module__), "tqdm", None)
+        bar = None if make is None else make(range(steps), desc="Sampling", dynamic_ncols=True)
+        if not hasattr(bar, "update") or not hasattr(bar, "close"):  # no bar in its place
+            yield None
+            return
+        shown = 0
+
+        def progress(tokens: int) -> None:
+            nonlocal shown
+            bar.update(tokens - shown)
+            shown = tokens
+
+        try:
+            yield progress
+        finally:
+            bar.close()
 
     def within(self, mode: Capture | Replay | None, call: Callable[[], Any]) -> Any:
         """call(), while this thread's T3.inference is in `mode`."""
@@ -78,19 +105,23 @@ class Session:
         return request_of(arguments, self.t3, on_tokens)
 
     def generate(self, requests: list[Request]) -> list[Outcome]:
-        if self.backend is None:
-            raise RuntimeError("vivace: this T3 was restored while it was in use")
+        backend = self.backend
+        if backend is None:
+            raise RuntimeError(RESTORED)
         if self.t3.speech_head.weight.device != self.home:
             raise RuntimeError(
                 f"vivace: T3 was moved from {self.home} to {self.t3.speech_head.weight.device} after "
                 "vivace.accelerate(): vivace.restore() it, move it, and accelerate it again"
             )
-        return self.backend.generate(requests)
+        return backend.generate(requests)
 
     def tensor(self, outcome: Outcome) -> Tensor:
         """What T3.inference returns for an outcome."""
         stop = [self.t3.hp.stop_speech_token] if outcome.finish_reason == "stop" else []
-        return torch.tensor([[*outcome.tokens, *stop]], dtype=torch.long, device=self.home)
+        try:
+            return torch.tensor([[*outcome.tokens, *stop]], dtype=torch.long, device=self.home)
+        except RuntimeError as error:
+            raise memory_error(error, OUT_OF_MEMORY) or error from None
 
     def close(self) -> None:
         """Takes back every change. Can be called again where there was not enough memory for the weights."""

@@ -13,6 +13,8 @@ MEANING = {
     NOT_OURS: "the model that was asked about cannot be read, or does not run on vivace's kernels as it is",
 }
 
+_REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps . in vivace's source"
+
 
 def status(report: dict[str, Any]) -> int:
     operators = report["operators"]
@@ -38,13 +40,12 @@ def advice(report: dict[str, Any]) -> list[str]:
     elif "is too old" in operators.get("reason", ""):
         lines.append("this torch is too old: pip install 'torch>=2.10'; chatterbox-tts then with --no-deps")
     elif not operators.get("loaded"):
-        lines.append("reinstall vivace for this torch: pip install --force-reinstall --no-deps vivace")
+        lines.append(f"reinstall vivace for this torch: {_REINSTALL}")
     elif not operators.get("self_test", {}).get("ok", True):
         lines.append("the self-test failed: please report it with the output of vivace doctor --json")
     elif not report["engine"].get("loaded"):
         lines.append(
-            "the C++ engine is not for this torch or Python, and accelerate() uses a loop in Python: "
-            "pip install --no-build-isolation --force-reinstall --no-deps . in vivace's source"
+            f"the C++ engine is not for this torch or Python, and accelerate() uses a loop in Python: {_REINSTALL}"
         )
     driver = report["machine"].get("driver", {}) if not failed(report["machine"]) else {}
     if driver.get("installed") and not driver.get("reason") and torch.get("version") and not torch.get("cuda"):

@@ -97,6 +97,8 @@ def _of_transformers(module: Any) -> dict[str, Any]:
                 'import vivace; vivace.enable("auto") before the model is built, or '
                 'vivace.transformers.register() and model.set_attn_implementation("vivace")'
             )
+        if any(layer["reason"] == WEIGHTS for layer in layers):
+            advice.append("model.config.output_attentions = False, where nothing needs the attention weights")
         if any("float32" in layer["reason"] for layer in layers):
             advice.append("load the model in bfloat16: from_pretrained(..., dtype=torch.bfloat16)")
     return {"kind": "transformers", "layers": layers, "advice": advice}

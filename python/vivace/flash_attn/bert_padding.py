@@ -9,6 +9,11 @@ def index_first_axis(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, indices)
 
 
+def index_first_axis_residual(x: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x[indices], x), both differentiable: what is taken out, and all of it for a residual connection."""
+    return x.index_select(0, indices), x.view_as(x)
+
+
 def index_put_first_axis(values: torch.Tensor, indices: torch.Tensor, first_axis_dim: int) -> torch.Tensor:
     """Zeros (first_axis_dim, ...) with values (selected, ...) at rows indices. Differentiable."""
     return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices, values)

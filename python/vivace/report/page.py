@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from vivace.bench.output import fact_text
+from vivace.bench.output import fact_text, plain
 from vivace.bench.tables import Table
 from vivace.report import style
 from vivace.report.figures import Figure, figures, heads
@@ -11,26 +11,13 @@ from vivace.report.figures import Figure, figures, heads
 NOUNS = {"generate": "Generation", "step": "Token step", "forward": "Attention", "decode": "Decode attention"}
 MARGIN = 20  # pixels around a standalone figure
 
-FACTS = (
-    "gpu",
-    "cpu",
-    "threads",
-    "memory_gib",
-    "power_limit_w",
-    "clock_max_mhz",
-    "clock_mhz_median",
-    "driver",
-    "cuda",
-    "cudnn",
-    "torch",
-    "transformers",
-    "vivace",
-    "commit",
-    "date",
-    "matmul_tflops",
-    "copy_gb_s",
-    "read_gb_s",
-)
+#: What is said about the machine, line by line.
+FACT_LINES = {
+    "Machine": ("gpu", "cpu", "threads", "memory_gib", "power_limit_w", "clock_max_mhz", "clock_mhz_median"),
+    "Versions": ("vivace", "commit", "torch", "cuda", "cudnn", "driver", "transformers", "date"),
+    "At most": ("matmul_tflops", "copy_gb_s", "read_gb_s"),
+}
+FACTS = tuple(name for names in FACT_LINES.values() for name in names)
 
 
 def page(rows: Sequence[dict], title: str = "vivace, measured") -> str:
@@ -40,7 +27,7 @@ def page(rows: Sequence[dict], title: str = "vivace, measured") -> str:
     parts = [
         f"<header><div><h1>{escape(title)}</h1><p class=muted>on {escape(machine)}</p></div>"
         "<button type=button hidden>light / dark</button></header>",
-        f"<ul class=facts>{''.join(fact(name, facts[name]) for name in FACTS if name in facts)}</ul>",
+        f"<dl class=facts>{''.join(fact_line(title, names, facts) for title, names in FACT_LINES.items())}</dl>",
     ]
     notes = notes_of(rows)
     if notes:
@@ -113,7 +100,7 @@ def merged_facts(rows: Sequence[dict]) -> dict:
     """A fact of all runs: its value, or the values where they differ."""
     found = {}
     for name in FACTS:
-        values = list(dict.fromkeys(str(row[name]) for row in rows if name in row))
+        values = list(dict.fromkeys(plain(name, row[name]) for row in rows if name in row))
         if values:
             if name == "date":
                 values = sorted({value[:10] for value in values})
@@ -126,9 +113,14 @@ def merged_facts(rows: Sequence[dict]) -> dict:
     return found
 
 
+def fact_line(title: str, names: Sequence[str], facts: dict) -> str:
+    known = "".join(fact(name, facts[name]) for name in names if name in facts)
+    return f"<dt>{title}</dt><dd>{known}</dd>" if known else ""
+
+
 def fact(name: str, value) -> str:
     label, _, text = fact_text(name, value).partition(": ")
-    return f"<li>{escape(label)} <b>{escape(text)}</b></li>"
+    return f"<span>{escape(label)} <b>{escape(text)}</b></span>"
 
 
 def notes_of(rows: Sequence[dict]) -> list[str]:

@@ -58,9 +58,10 @@ PAGE = (
     "header{display:flex;justify-content:space-between;align-items:flex-start;gap:16px}"
     "h1{font-size:34px;line-height:1.15;margin:0 0 6px;letter-spacing:-.02em}"
     "h2{font-size:22px;line-height:1.25;margin:0 0 4px;letter-spacing:-.01em}"
-    "p{margin:0 0 10px;max-width:70ch}.muted{color:var(--muted)}"
-    ".facts{font-size:14px;color:var(--muted);margin:14px 0 0;display:flex;flex-wrap:wrap;gap:4px 18px;padding:0}"
-    ".facts li{list-style:none}.facts b{font-weight:600;color:var(--ink)}"
+    "p{margin:0 0 10px;max-width:78ch;text-wrap:pretty}.muted{color:var(--muted)}"
+    ".facts{font-size:14px;color:var(--muted);margin:18px 0 0;display:grid;grid-template-columns:auto 1fr;gap:6px 18px}"
+    ".facts dt{font-weight:600}.facts dd{margin:0;display:flex;flex-wrap:wrap;gap:2px 18px}"
+    ".facts b{font-weight:600;color:var(--ink)}"
     ".notes{margin:16px 0 0;padding:12px 16px;border-left:3px solid var(--own);background:var(--card);font-size:14px}"
     ".notes p{margin:0 0 4px;max-width:none}"
     ".heads{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:14px;margin:28px 0 8px}"
@@ -86,7 +87,8 @@ PAGE = (
     "@media(max-width:640px){main{padding:24px 14px 48px}h1{font-size:27px}"
     "section{padding:18px 16px;border-radius:12px}"
     ".wide{display:none}.narrow{display:block}.heads{grid-template-columns:1fr 1fr;gap:10px}.head{padding:12px 14px}"
-    ".head b{font-size:24px}.head span{font-size:13px}}"
+    ".head b{font-size:21px;white-space:nowrap}.head span{font-size:13px}"
+    ".facts{grid-template-columns:1fr;gap:2px}.facts dd{margin-bottom:6px;gap:0 14px}}"
     "@media print{button{display:none}section{break-inside:avoid}}"
 )
 

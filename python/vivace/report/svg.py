@@ -5,8 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-CHARACTER = 6.6  # width of a character of 12 px on average
-FONT = 12
+FONT = 12  # pixels, of all texts but titles and ticks
+#: Widths of characters in pixels at that size; of all others the last one.
+WIDTHS = ((" .,:;'|!ijlI", 3.2), ("-()[]/frt", 4.6), ("mwMW%@", 10.2), ("ABCDEGHKNOPQRSTUVXYZ&+×", 8.2), ("", 6.8))
+
+
+def text_width(text: str, bold: bool = False) -> float:
+    """Pixels that a text needs, about."""
+    wide = sum(next(wide for letters, wide in WIDTHS if not letters or letter in letters) for letter in text)
+    return 1.13 * wide if bold else wide
 
 
 @dataclass(frozen=True)
@@ -26,9 +33,9 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
 
-def axis_from_zero(highest: float, label: str = "", lines: int = 5) -> Axis:
-    """A linear axis to a round number at or above ``highest``."""
-    step = round_step(highest / lines)
+def axis_from_zero(highest: float, label: str = "", lines: int = 5, step: float = 0) -> Axis:
+    """A linear axis to a round number at or above ``highest``; ``step`` between its lines where one is given."""
+    step = step or round_step(highest / lines)
     count = math.ceil(highest * 1.02 / step)
     return Axis(0, count * step, [step * i for i in range(count + 1)], label)
 
@@ -53,7 +60,7 @@ def log_axis(values: Sequence[float], label: str = "", ticks: Sequence[float] | 
             low = max(t for t in every if t <= low)
             high = min(t for t in (*every, 10.0 ** (powers[-1] + 1)) if t >= high)
             ticks = [*every, high]
-        elif len(ticks) > 7:
+        elif len(ticks) > 8:
             ticks = [t for t in ticks if f"{t:e}"[0] == "1"]
     inside = sorted({t for t in ticks if low * 0.999 <= t <= high * 1.001})
     return Axis(low, high, inside, label, log=True)
@@ -69,6 +76,7 @@ class Series:
     labels: list[str] = field(default_factory=list)
     dashed: bool = False
     area: bool = False  # filled down to the axis, no markers
+    below: bool = False  # labels under the points, where something runs above them
 
 
 def number(value: float) -> str:
@@ -79,11 +87,24 @@ def number(value: float) -> str:
 
 
 class Plot:
-    """One set of axes. Adding draws; ``svg`` gives the whole."""
+    """One set of axes. Adding draws; ``svg`` gives the whole.
 
-    def __init__(self, width: int, height: int, x: Axis, y: Axis, title: str = "", legend: Sequence[Series] = ()):
-        self.width, self.height, self.x, self.y = width, height, x, y
+    ``head``: at least as many pixels are above the axes, so that those of neighbours begin at one height.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        height: int,
+        x: Axis,
+        y: Axis,
+        title: str = "",
+        legend: Sequence[Series] = (),
+        head: float = 0,
+    ):
+        self.width, self.height, self.x, self.y, self.title = width, height, x, y, title
         self.parts: list[str] = []
+        self.taken: list[tuple[float, float, float]] = []  # by values: left, right and base line
         top = 6
         if title:
             top += 20
@@ -91,12 +112,12 @@ class Plot:
         if legend:
             top = self.legend(legend, top)
         if y.label:
+            top = max(top, head - 28)
             self.text(0, top + 12, y.label, "muted")
             top += 20
-        longest = max(len(number(t)) for t in y.ticks) if y.ticks else 2
-        self.left = 10 + CHARACTER * longest
+        self.left = 10 + max((text_width(number(t)) for t in y.ticks), default=13)
         self.right = width - 12
-        self.top = top + 8
+        self.top = max(top + 8, head)
         self.bottom = height - (42 if x.label else 24)
         self.grid()
 
@@ -124,8 +145,12 @@ class Plot:
                 f'<line class="grid{zero}" x1="{self.left:g}" x2="{self.right:g}" y1="{y:g}" y2="{y:g}"/>'
             )
             self.text(self.left - 6, y + 4, number(tick), "tick", "end")
+        end = 0.0
         for tick in self.x.ticks:
-            self.text(self.px(tick), self.bottom + 18, number(tick), "tick", "middle")
+            x, half = self.px(tick), text_width(number(tick)) / 2
+            if x - half >= end:  # one that would run into the one before is left out
+                self.text(x, self.bottom + 18, number(tick), "tick", "middle")
+                end = x + half + 4
         if self.x.label:
             self.text((self.left + self.right) / 2, self.height - 6, self.x.label, "muted", "middle")
 
@@ -142,28 +167,42 @@ class Plot:
             return
         dashed = " dashed" if series.dashed else ""
         self.parts.append(f'<path class="line {series.style}{dashed}" d="{path}"/>')
-        for i, ((x, y), (value_x, value_y)) in enumerate(zip(places, points, strict=True)):
+        for (x, y), (value_x, value_y) in zip(places, points, strict=True):
             told = f"{series.name}: {value_y:g} at {number(value_x)}"
+            radius = 4 if series.style == "own" else 2 if series.dashed else 3
             self.parts.append(
-                f'<circle class="dot {series.style}" cx="{x:g}" cy="{y:g}" r="{4 if series.style == "own" else 3}">'
+                f'<circle class="dot {series.style}" cx="{x:g}" cy="{y:g}" r="{radius}">'
                 f"<title>{escape(told)}</title></circle>"
             )
-            if i < len(series.labels) and series.labels[i]:
+        for i in reversed(range(min(len(places), len(series.labels)))):  # the last one matters most
+            if series.labels[i]:
+                x, y = places[i]
                 last = i + 1 == len(places)
                 climb = 0 if last else (y - places[i + 1][1]) / max(places[i + 1][0] - x, 1)
-                self.label(x, y, series.labels[i], series.style, climb)
+                wide = text_width(series.labels[i], bold=True)
+                where = self.under(x, y, wide) if series.below else self.over(x, y, wide, climb)
+                self.label(*where, wide, series.labels[i], series.style)
 
-    def label(self, x: float, y: float, text: str, style: str, climb: float) -> None:
-        """A value above its point, inside of the picture and beside a line that climbs away from it."""
-        wide = CHARACTER * len(text)
+    def under(self, x: float, y: float, wide: float) -> tuple[float, float]:
+        """Where a value under its point begins, inside of the picture."""
+        return min(max(x - wide / 2, self.left - 4), self.width - wide), min(y + 18, self.bottom - 4)
+
+    def over(self, x: float, y: float, wide: float, climb: float) -> tuple[float, float]:
+        """Where a value above its point begins: inside of the picture, beside a line that climbs away from it."""
         if climb > 0.25 and x - wide < self.left:
-            self.text(x + 10, y + 13, text, f"value {style}")
+            return x + 10, y + 13
+        start = x + 6 - wide if climb > 0.25 else x - wide / 2
+        start = min(max(start, self.left - 4), self.width - wide)
+        return start, y - 9 if y - 9 > self.top - 6 else y + 18
+
+    def label(self, x: float, y: float, wide: float, text: str, style: str) -> None:
+        """A value, unless another stands there already."""
+        if any(
+            abs(y - other_y) < FONT and x < other_end and start < x + wide for start, other_end, other_y in self.taken
+        ):
             return
-        anchor = "end" if climb > 0.25 or x + wide / 2 > self.width else "middle"
-        if anchor == "middle" and x - wide / 2 < self.left - 4:
-            anchor = "start"
-        at = x - 4 if anchor == "start" else min(x + 6, self.width) if anchor == "end" else x
-        self.text(at, y - 9 if y - 9 > self.top - 6 else y + 18, text, f"value {style}", anchor)
+        self.taken.append((x, x + wide, y))
+        self.text(round(x, 1), round(y, 1), text, f"value {style}")
 
     def level(self, value: float, text: str) -> None:
         """A horizontal line with its name."""
@@ -171,14 +210,14 @@ class Plot:
         self.parts.append(f'<line class="level" x1="{self.left:g}" x2="{self.right:g}" y1="{y:g}" y2="{y:g}"/>')
         self.text(self.left + 6, y - 5, text, "muted")
 
-    def svg(self, label: str) -> str:
-        return frame(self.width, self.height, "".join(self.parts), label)
+    def svg(self) -> str:
+        return frame(self.width, self.height, "".join(self.parts), self.title)
 
 
 def legend_parts(series: Sequence[Series], width: float, top: float) -> tuple[list[str], float]:
     at, line, parts = 0.0, top + 12, []
     for one in series:
-        wide = 24 + CHARACTER * len(one.name)
+        wide = 26 + 1.03 * text_width(one.name)
         if at and at + wide > width:
             at, line = 0.0, line + 18
         if one.area:
@@ -203,8 +242,8 @@ def bars(width: int, items: Sequence[tuple[str, float, str, str]], label: str, w
     """Horizontal bars: (name, value, text, style) each; names beside the bars, or above them where it is narrow."""
     parts = []
     highest = max(value for _, value, _, _ in items)
-    gutter = CHARACTER * max(len(name) for name, *_ in items) + 14 if wide_names else 0
-    room = width - gutter - CHARACTER * max(len(text) for _, _, text, _ in items) - 12
+    gutter = max(text_width(name) for name, *_ in items) + 18 if wide_names else 0
+    room = width - gutter - max(text_width(text, bold=True) for _, _, text, _ in items) - 12
     step, y = (34 if wide_names else 46), 4
     for name, value, text, style in items:
         top = y if wide_names else y + 18

@@ -43,6 +43,17 @@ def has_class_table(model_class: type) -> bool:
     return any(name.endswith("ATTENTION_CLASSES") and isinstance(names[name], dict) for name in names)
 
 
+def has_function_table(model_class: type) -> bool:
+    """Whether the model's module picks among functions of its own by the implementation's name (ModernBERT, before
+    transformers 5)."""
+    names = vars(sys.modules.get(model_class.__module__, types))
+    return any(
+        isinstance(table, dict) and isinstance(table.get("sdpa"), types.FunctionType) and "eager" in table
+        for name, table in names.items()
+        if name.isupper() and name != "ALL_ATTENTION_FUNCTIONS"
+    )
+
+
 def convert(model: torch.nn.Module, strict: bool) -> int:
     """Makes the sdpa attention layers of a model ours; returns how many."""
     count = 0
@@ -78,13 +89,18 @@ def _subclass(old):
     return _subclasses[old]
 
 
-def _rebound(function):
-    """The same function with torch's attention replaced; None where it does not call that. Decorators are kept."""
+def _rebound(function, seen=()):
+    """The same function with torch's attention replaced; None where it does not call that. Decorators are kept.
+
+    seen: functions around this one: a wrapper may hold itself.
+    """
+    if function in seen:
+        return None
     names, cells, found = function.__globals__, function.__closure__, _SDPA in function.__code__.co_names
     if found:
         names = _redirected(names)
     elif cells is not None:  # a decorator's wrapper holds the function that it wraps
-        inner = [_rebound(c.cell_contents) if _holds_function(c) else None for c in cells]
+        inner = [_rebound(c.cell_contents, (*seen, function)) if _holds_function(c) else None for c in cells]
         found = any(inner)
         cells = tuple(types.CellType(new) if new else cell for cell, new in zip(cells, inner, strict=True))
     if not found:

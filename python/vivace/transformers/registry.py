@@ -106,7 +106,11 @@ def choose_for(model_class: type, requested):
     if requested == NAME:
         return _ours(model_class, NAME, False), True
     if requested == LITERAL and rules.literal == "vivace":
-        return _ours(model_class, LITERAL, rules.strict), True
+        reason = None if rules.strict else _why_not(model_class, LITERAL)
+        if reason is None:
+            return _ours(model_class, LITERAL, rules.strict), True
+        policy.log_once(logging.WARNING, f"{reason}: {_alternative(model_class)}")
+        return None, False
     if requested == LITERAL and rules.literal == "sdpa":
         policy.log_once(logging.WARNING, f"{model_class.__name__} asks for {LITERAL}: sdpa ({rules.why})")
         return None, False
@@ -119,27 +123,43 @@ def choose_for(model_class: type, requested):
 
 
 def _ours(model_class, name, strict):
+    reason = _why_not(model_class, name)
+    if reason is not None:
+        raise ValueError(f'vivace: {reason}; load it with attn_implementation="{_alternative(model_class)}"')
+    return name if _has_interface(model_class) else classes.Sdpa(strict)
+
+
+def _why_not(model_class, name):
+    """Why a model cannot take `name`, in one clause, or None."""
+    if classes.has_function_table(model_class):
+        return f"{model_class.__name__} has attention functions of its own, so that {name} cannot take their place"
+    sdpa = bool(getattr(model_class, "_supports_sdpa", False))
+    if not _has_interface(model_class):
+        lacks = (
+            f"{model_class.__name__} has no sdpa attention, whose place {name} takes in this version of transformers"
+        )
+        return None if sdpa else lacks
+    if sdpa or getattr(model_class, "_supports_flash_attn", False):
+        return None
+    return f"{model_class.__name__} computes its attention itself, so that {name} cannot take its place"
+
+
+def _alternative(model_class):
+    return "sdpa" if getattr(model_class, "_supports_sdpa", False) else "eager"
+
+
+def _has_interface(model_class):
+    """Whether the model looks its attention up by name, in transformers' AttentionInterface."""
     from transformers import modeling_utils
 
-    if hasattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS") and not classes.has_class_table(model_class):
-        if not (model_class._supports_sdpa or getattr(model_class, "_supports_flash_attn", False)):
-            raise ValueError(
-                f"vivace: {model_class.__name__} computes its attention itself, so that {name} cannot take its place; "
-                'load it with attn_implementation="eager"'
-            )
-        return name
-    if not model_class._supports_sdpa:
-        raise ValueError(
-            f"vivace: {model_class.__name__} has no sdpa attention, whose place {name} takes in this version of "
-            'transformers; load it with attn_implementation="eager"'
-        )
-    return classes.Sdpa(strict)
+    return hasattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS") and not classes.has_class_table(model_class)
 
 
 def _takes_ours(model_class):
     can_set = getattr(model_class, "_can_set_attn_implementation", None)
     follows_interface = classes.has_class_table(model_class) or can_set is None or can_set()
-    return bool(getattr(model_class, "_supports_sdpa", False)) and follows_interface
+    own = classes.has_function_table(model_class)
+    return bool(getattr(model_class, "_supports_sdpa", False)) and follows_interface and not own
 
 
 def _hook(patches, base):

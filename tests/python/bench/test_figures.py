@@ -73,7 +73,7 @@ def test_markdown_heads_the_tables_with_facts_and_notes():
     text = output.render(
         rows(), "md", {"gpu": "NVIDIA H200", "matmul_tflops": 799.0}, ["clocks were held down by heat"]
     )
-    assert text.startswith("- GPU: NVIDIA H200\n- matrix product: 799.0 TFLOP/s\n- **clocks were held down by heat**\n")
+    assert text.startswith("- GPU: NVIDIA H200\n- matrix product: 799 TFLOP/s\n- **clocks were held down by heat**\n")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines[:3]}) == 1 and len({len(line) for line in lines[:3]}) == 1
     assert "400" in lines[2] and "2.00" in lines[2] and "1.50" in lines[2]

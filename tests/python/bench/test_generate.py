@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vivace import cli, t3
-from vivace.bench import chatterbox, generate, models, process
+from vivace.bench import chatterbox, generate, models, process, tables
 
 PROGRAM = """\
     #!{python}
@@ -86,6 +86,15 @@ def test_figures_follow_from_the_runs(fake, bench):
     assert row["hash"] and row["rss_peak_gib"] >= 0 and "output" not in row
 
 
+def test_the_table_has_the_spread_of_several_samples(fake, bench):
+    fake()
+    rows = bench("--batch", "1,2", "--max-tokens", "50", "-r", "3")[1]
+    table = tables.tables(rows)[0]
+    place = table.headings.index("±")
+    assert table.headings[place - 1] == "tokens/s" and [line[place] for line in table.lines] == ["50.0%"] * 2
+    assert "±" not in tables.tables([row | {"samples": 1} for row in rows])[0].headings
+
+
 def test_an_older_executable_is_measured_process_by_process(fake, bench):
     log = fake(options="")
     status, rows, _ = bench("--batch", "1", "-r", "3")
@@ -139,6 +148,32 @@ def test_the_batches_of_the_table_are_the_default_on_a_gpu():
     assert generate.BATCHES == (1, 2, 5, 10, 20, 64)
     arguments = cli.build_parser().parse_args(["bench", "generate", "--models", "a", "b", "--batch", "2-8*2"])
     assert arguments.models == ["a", "b"] and arguments.batch == [2, 4, 8]
+
+
+def test_resume_refuses_a_run_of_another_text_or_dtype(fake, bench, tmp_path):
+    fake()
+    path = str(tmp_path / "run.json")
+    assert bench("--batch", "1", "-r", "1", "--resume", path)[0] == 0
+    assert bench("--batch", "1", "-r", "1", "--resume", path)[0] == 0
+    for flags, told in ((("--text", "Another."), "text"), (("--dtype", "bf16"), "export_dtype")):
+        status, _, err = bench("--batch", "1", "-r", "1", "--resume", path, *flags)
+        assert status == 1 and f"is of another run: {told}" in err
+
+
+def test_the_batches_of_cards_are_those_that_the_planner_gives_them(capsys):
+    def batches(*flags, cpu=False):
+        arguments = cli.build_parser().parse_args(["bench", "generate", *flags])
+        return generate.batches(arguments, cpu, 1000)
+
+    assert cli.main(["plan", "--vram", "8,24", "--json"]) == 0
+    planned = [card["requests"] for card in json.loads(capsys.readouterr().out)["plans"]]
+    assert batches("--vram", "8,24") == planned
+    assert batches("--vram", "8", "--batch", "1,2") == [1, 2, planned[0]]
+    assert batches("--vram", "24", "--cfg-weight", "0")[0] > 1.8 * planned[1]  # one row a request
+    with pytest.raises(ValueError, match="--vram 1: not even one request of 1000 tokens"):
+        batches("--vram", "1")
+    with pytest.raises(ValueError, match="--vram plans the memory of a GPU"):
+        batches("--vram", "8", cpu=True)
 
 
 def real_executable():

@@ -153,18 +153,34 @@ def test_nvidia_smi_is_ended_and_its_lines_are_read(monkeypatch):
     assert process.poll() is not None
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_progress_is_for_terminals_only():
     quiet = io.StringIO()
-    progress.Progress(3, quiet).step(0, "cell")
+    progress.Progress([1] * 3, quiet).step(0, "cell")
     assert quiet.getvalue() == ""
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     terminal = Terminal()
-    bar = progress.Progress(3, terminal)
+    bar = progress.Progress([1] * 3, terminal)
+    bar.say("preparing")
+    bar.step(0, "forward d32")
+    assert "preparing" in terminal.getvalue() and terminal.getvalue().endswith("[1/3] forward d32")
     bar.step(1, "forward d64")
-    assert "[2/3] forward d64, about" in terminal.getvalue()
+    assert "[2/3] forward d64, about 0 s left" in terminal.getvalue()
     bar.clear()
     assert terminal.getvalue().endswith("\r\033[K")
+
+
+def test_the_time_that_is_left_follows_from_the_weights(monkeypatch):
+    bar = progress.Progress([3, 1, 1, 4], Terminal())
+    clock = iter([500.0, 590.0, 600.0, 612.0])  # 30 seconds a weight, then 10, then 12
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    left = []
+    for i in range(4):
+        bar.step(i, "case")
+        left.append(bar.left())
+    assert left == [None, 30 * 6, (30 + 10) / 2 * 5, 12 * 4]
+    assert "[2/4] case, about 3 min 0 s left" in bar.stream.getvalue()
+    assert [progress.duration(seconds) for seconds in (0.4, 59.4, 200)] == ["0 s", "59 s", "3 min 20 s"]

@@ -76,6 +76,46 @@ def test_temperature_zero_is_greedy(accelerated):
     assert infer(t3, voice, text, temperature=0.7, do_sample=False) == expected["greedy"][0]
 
 
+class Bar:
+    """What stands where Chatterbox's module has tqdm."""
+
+    def __init__(self, steps, desc, **options):
+        self.steps, self.desc, self.seen, self.closed = list(steps), desc, [], False
+        bars.append(self)
+
+    def update(self, more):
+        self.seen.append(more)
+
+    def close(self):
+        self.closed = True
+
+
+bars: list[Bar] = []
+
+
+def test_chatterbox_s_progress_bar_goes_on(accelerated, monkeypatch):
+    import sys
+
+    t3, voice, text, expected = accelerated
+    monkeypatch.setattr(sys.modules[type(t3).__module__], "tqdm", Bar)
+    bars.clear()
+    tokens = infer(t3, voice, text, temperature=0)
+    assert tokens == expected["greedy"][0]
+    stop = int(tokens[-1] == t3.hp.stop_speech_token)
+    (bar,) = bars
+    assert (bar.desc, len(bar.steps), sum(bar.seen), bar.closed) == ("Sampling", TOKENS, len(tokens) - stop, True)
+
+    def fail(self, more):
+        raise BrokenPipeError("nobody looks at it")
+
+    monkeypatch.setattr(Bar, "update", fail)
+    with pytest.raises(BrokenPipeError, match="nobody looks"):
+        infer(t3, voice, text, temperature=0)
+    assert bars[1].closed
+    monkeypatch.undo()
+    assert infer(t3, voice, text, temperature=0) == tokens
+
+
 def test_one_row_of_text_without_guidance(accelerated):
     """ChatterboxTTS.generate(cfg_weight=0) gives T3 one row, and Chatterbox 0.1.7 fails there."""
     t3, voice, text, expected = accelerated
@@ -104,6 +144,36 @@ def test_two_threads_get_what_one_gets(accelerated):
         thread.join(60)
     greedy = expected["greedy"][0]
     assert found == {i: greedy if i % 2 else short for i in range(6)}
+
+
+def test_a_restore_by_another_thread_is_an_error_or_waits(reference, loop):
+    from vivace.chatterbox import accelerate, describe, restore
+
+    t3, voice, text, _ = reference
+    options = {"temperature": 0, "stop_on_eos": False, "max_new_tokens": 400}
+    accelerate(t3, **loop)
+    expected = infer(t3, voice, text, **options)
+    started, found = threading.Event(), []
+    session = t3.__dict__["inference"].__self__
+    submit = session.backend.generate
+    session.backend.generate = lambda requests: (started.set(), submit(requests))[1]
+
+    def work():
+        try:
+            found.append(infer(t3, voice, text, **options))
+        except RuntimeError as error:
+            found.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    started.wait(60)
+    running = describe(t3)["loop"]
+    restore(t3)
+    for thread in threads:
+        thread.join(120)
+    restored = "vivace: this T3 was restored while it was in use"
+    assert len(found) == 2 and all(result in (expected, restored) for result in found), (running, found)
 
 
 def test_positional_and_keyword_errors_are_python_s(accelerated):
@@ -181,7 +251,7 @@ def test_the_engine_grows_for_what_does_not_fit(reference, engine):
     t3, voice, text, expected = reference
     accelerate(t3)
     backend = t3.__dict__["inference"].__self__.backend
-    backend.close()
+    backend._drop()
     backend._open(64, 1)
     assert infer(t3, voice, text, temperature=0) == expected["greedy"][0]
     assert backend.capacity >= len(text) + TOKENS

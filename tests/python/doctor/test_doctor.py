@@ -192,7 +192,9 @@ def test_layers_of_a_transformers_model():
     assert [layer["implementation"] for layer in answer["layers"]] == ["eager", "eager"]
     assert any("vivace.enable" in line for line in answer["advice"])
     model.config.output_attentions = True
-    assert all("output_attentions" in layer["reason"] for layer in examine(model)["layers"])
+    answer = examine(model)
+    assert all("output_attentions" in layer["reason"] for layer in answer["layers"])
+    assert any("output_attentions = False" in line for line in answer["advice"])
 
 
 def test_layers_of_a_model_s_folder(tmp_path):

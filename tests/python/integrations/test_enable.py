@@ -1,5 +1,6 @@
 """vivace.enable and vivace.disable: what models get that do not name us, and that all of it is put back."""
 
+import copy
 import logging
 
 import models
@@ -158,6 +159,49 @@ def test_without_a_gpu_auto_runs_everything_on_sdpa_and_says_why(monkeypatch, ca
     for name in (None, "flash_attention_2"):
         assert implementations(models.build("llama", name)) == {"sdpa"}
     assert any("no NVIDIA GPU" in r.getMessage() and r.levelno == logging.WARNING for r in caplog.records)
+
+
+def test_auto_leaves_a_model_that_cannot_take_ours_to_what_it_can(pretend_gpu, caplog):
+    """Bloom has no AttentionInterface in any version."""
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=64, n_layer=1, n_head=4)
+    config._attn_implementation = "flash_attention_2"
+    vivace.enable("auto")
+    model = transformers.BloomForCausalLM(copy.deepcopy(config))
+    assert model.config._attn_implementation == "eager"
+    model(models.tokens(1, 5))
+    assert any("BloomForCausalLM" in r.getMessage() and "eager" in r.getMessage() for r in caplog.records)
+    vivace.enable("flash_attention_2")
+    with pytest.raises(ValueError, match=r"BloomForCausalLM .* cannot take its place|no sdpa attention"):
+        transformers.BloomForCausalLM(config)
+
+
+@pytest.mark.skipif(not (4, 48) <= VERSION < (5, 0), reason="ModernBERT before it had an AttentionInterface")
+def test_auto_leaves_a_model_with_attention_functions_of_its_own_alone(pretend_gpu, caplog):
+    config = transformers.ModernBertConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        local_attention=8,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+        reference_compile=False,
+    )
+    vivace.enable("auto")
+    for name in (None, "flash_attention_2"):
+        mine = copy.deepcopy(config)
+        mine._attn_implementation = name
+        model = transformers.ModernBertModel(mine).eval()
+        assert model.config._attn_implementation == "sdpa"
+        model(models.tokens(1, 5))
+    assert any("attention functions of its own" in r.getMessage() for r in caplog.records)
+    config._attn_implementation = "vivace"
+    with pytest.raises(ValueError, match=r"attention functions of its own.*attn_implementation=\"sdpa\""):
+        transformers.ModernBertModel(config)
 
 
 def test_eager_is_the_default_when_asked_for():

@@ -286,6 +286,11 @@ def test_unpadding_and_padding_are_inverse(device):
     rows, indices, cu_seqlens, longest = bert_padding.unpad_input_for_concatenated_sequences(x, lengths)
     assert cu_seqlens.tolist() == [0, 2, 5, 9, 10, 11, 12] and longest == 4
     assert torch.equal(rows, torch.cat((x[0, :5], x[1, :4], x[2, :3])))
+    x.grad = None
+    taken, whole = bert_padding.index_first_axis_residual(x.flatten(0, 1), indices)
+    assert torch.equal(taken, rows) and torch.equal(whole, x.flatten(0, 1))
+    (2 * taken.sum() + whole.sum()).backward()
+    assert x.grad.sum() == x.numel() + 2 * rows.numel()
 
 
 def test_alibi_slopes_of_each_batch_entry(device):

@@ -299,6 +299,48 @@ def test_two_threads_get_what_one_gets(name, device):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("side", ["whole", "left"])
+def test_a_model_whose_attention_is_a_class_for_each_implementation_agrees_with_eager(side, registered):
+    """Falcon, in every version."""
+    options = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    trio = []
+    for name in ("eager", "vivace"):
+        config = transformers.FalconConfig(**options)
+        config._attn_implementation = name
+        trio.append(transformers.FalconForCausalLM(config).eval())
+    eager, ours = trio
+    for parameter in eager.parameters():
+        parameter.data.normal_(0.0, 0.12)
+    ours.load_state_dict(eager.state_dict())
+    assert {entry["implementation"] for entry in registered.explain(ours)} == {"vivace"}
+    ids = models.tokens(3, 13)
+    mask = torch.ones_like(ids) if side == "whole" else models.padding(3, 13, side)
+    got, expected = (logits(model, ids, attention_mask=mask)[mask.bool()] for model in (ours, eager))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrapper_that_holds_itself_is_no_endless_loop():
+    from vivace.transformers.classes import _rebound
+
+    def decorator(function):
+        def wrapper(*args):
+            wrapper.calls += 1
+            return function(*args)
+
+        wrapper.calls = 0
+        return wrapper
+
+    @decorator
+    def attend(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    @decorator
+    def add(a, b):
+        return a + b
+
+    assert _rebound(attend) is not None and _rebound(add) is None
+
+
 @pytest.mark.skipif(VERSION < (4, 53), reason="transformers before 4.53 makes masks itself")
 def test_a_mask_on_another_device_is_moved(device, monkeypatch):
     eager, ours = models.pair("llama", device=device)

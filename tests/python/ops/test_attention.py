@@ -246,6 +246,34 @@ def test_a_batch_entry_alone_gives_the_bits_it_has_in_the_batch(case):
         assert torch.equal(alone[0], out[b]) and torch.equal(alone_lse[0], lse[b])
 
 
+@grid("attention_batches", cpu=2, cuda=16, mask=("full", "causal", "left"), head_dim=(64, 96, 128, 192, 256))
+def test_a_large_batch_is_accurate_and_has_the_bits_of_each_entry_alone(case):
+    """On CUDA many tiles for each multiprocessor, and on Hopper others than a batch of one takes."""
+    batch, seqlen = (24, 300) if case.device == "cuda" else (3, 70)
+    q, k, v = (case.randn(batch, seqlen, 16, case.head_dim) for _ in range(3))
+    out, lse = check(q, k, v, **MASKS[case.mask])
+    for b in (0, batch // 2, batch - 1):
+        alone, alone_lse = OPS.attention(q[b : b + 1], k[b : b + 1], v[b : b + 1], **MASKS[case.mask])
+        assert torch.equal(alone[0], out[b]) and torch.equal(alone_lse[0], lse[b])
+
+
+@grid(
+    "attention_growth",
+    cpu=3,
+    cuda=16,
+    mask=("full", "causal", "left"),
+    head_dim=(64, 128),
+    lengths=((700, 700), (130, 900)),
+)
+def test_row_maxima_may_grow_by_far_from_block_to_block(case):
+    """Scores whose size changes eightfold along the keys, in either direction: kernels walk them from either end."""
+    seqlen_q, seqlen_k = case.lengths
+    for first, last in ((8.0, 1.0), (1.0, 8.0)):
+        q, k, v = (case.randn(2, s, 4, case.head_dim) for s in (seqlen_q, seqlen_k, seqlen_k))
+        growth = torch.linspace(first, last, seqlen_k, device=k.device)[:, None, None]
+        check(q * 4, (k * growth).to(k.dtype), v, **MASKS[case.mask])
+
+
 def test_number_of_threads_does_not_change_the_bits():
     q, k, v = (torch.randn(3, s, 4, 64).bfloat16() for s in (97, 203, 203))
     threads = torch.get_num_threads()

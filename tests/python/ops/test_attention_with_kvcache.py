@@ -507,3 +507,65 @@ def test_a_graph_replays_with_lengths_that_grow(num_splits):
         assert_accurate(out, exact.out, low.out, factor=3.0)
         assert torch.equal(bits(caches[1]), bits(exact.v_cache))
         lengths += 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [None, 64])
+@pytest.mark.parametrize(("heads", "head_dim"), [((16, 16), 64), ((32, 8), 128), ((16, 2), 128), ((8, 1), 64)])
+def test_more_cache_than_l2_holds(heads, head_dim, page_size):
+    case = Case(device="cuda", dtype=torch.bfloat16)
+    batch, capacity = 1200 // heads[1], 256
+    generator = torch.Generator("cuda").manual_seed(7)
+    lengths = torch.randint(0, capacity + 1, (batch,), generator=generator, device="cuda").int()
+    lengths[:3] = torch.tensor([capacity, 0, 1])
+    options = {"cache_seqlens": lengths}
+    shape = (batch, capacity, heads[1], head_dim)
+    if page_size is not None:
+        width = capacity // page_size
+        table = torch.randperm(batch * width, generator=generator, device="cuda").int().view(batch, width)
+        shape = (batch * width, page_size, heads[1], head_dim)
+        # Entries behind the length are not followed.
+        used = torch.arange(width, device="cuda") * page_size < lengths[:, None]
+        options["block_table"] = torch.where(used, table, 2**30)
+    caches = [torch.randn(shape, generator=generator, device="cuda").to(case.dtype) for _ in range(2)]
+    q = case.randn(batch, 1, heads[0], head_dim)
+    out, lse = OPS.attention_with_kvcache(q, *caches, **options)
+    if page_size is not None:
+        options["block_table"] = table
+    check(q, *caches, **options)
+    again, again_lse = OPS.attention_with_kvcache(q, *caches, **options)
+    assert torch.equal(out, again) and torch.equal(lse, again_lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [None, 32, 256])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("heads", "seqlen_q"), [((4, 4), 1), ((4, 4), 4), ((8, 2), 1), ((8, 1), 1), ((6, 2), 2)])
+def test_a_probe_beside_few_queries(heads, seqlen_q, head_dim, page_size):
+    case = Case(device="cuda", dtype=torch.float16)
+    batch, capacity = 3, 512
+    options = {"cache_seqlens": case.int32([400, 0, 37])}
+    shape = (batch, capacity, heads[1], head_dim)
+    if page_size is not None:
+        options["block_table"], pages = paged_table(case, batch, capacity // page_size, page_size)
+        shape = (pages, page_size, heads[1], head_dim)
+    caches = [case.randn(*shape) for _ in range(2)]
+    check(case.randn(batch, seqlen_q, heads[0], head_dim), *caches, **options, probe_rows=1, probe_head=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [(16, 16), (32, 8), (8, 1)])
+def test_a_row_alone_gives_its_bits_whatever_the_batch(heads, head_dim):
+    case = Case(device="cuda", dtype=torch.bfloat16)
+    batch, capacity = 640 // heads[1], 300
+    caches = [torch.randn(batch, capacity, heads[1], head_dim, device="cuda").to(case.dtype) for _ in range(2)]
+    lengths = (torch.arange(batch, device="cuda") * 37 % (capacity + 1)).int()
+    q = case.randn(batch, 1, heads[0], head_dim)
+    for num_splits in (1, 2):
+        out, lse = OPS.attention_with_kvcache(q, *caches, cache_seqlens=lengths, num_splits=num_splits)
+        for b in range(0, batch, batch // 5):
+            row = slice(b, b + 1)
+            options = {"cache_seqlens": lengths[row], "cache_batch_idx": case.int32([b]), "num_splits": num_splits}
+            alone, alone_lse = OPS.attention_with_kvcache(q[row], *caches, **options)
+            assert torch.equal(alone[0], out[b]) and torch.equal(alone_lse[0], lse[b])

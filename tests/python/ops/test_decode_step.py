@@ -226,7 +226,7 @@ def test_a_row_alone_gives_the_bits_that_it_gives_among_others(target):
     device, family = target
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     shape, capacity = (TINY, 90) if device == "cpu" else (dataclasses.replace(T3, layers=2), 1024)
-    counts = (2, 3, 9) if device == "cpu" else (2,) if family == 1 else (2, 8, 40, 128)
+    counts = (2, 3, 9) if device == "cpu" else (2, 3, 4) if family == 1 else (2, 8, 40, 128)
     if family == 0 and device == "cuda":
         pytest.skip("bits are promised within one family")
     model = Model(shape, dtype, device, capacity, max(counts))
@@ -277,10 +277,12 @@ def test_padding_and_full_rows_do_nothing(target, dtype):
         assert torch.equal(cache, before)
 
 
-def test_probes_are_the_attention_probabilities(target, dtype):
+@pytest.mark.parametrize("lengths", [(9, 0, 30), (600, 130, 1100)], ids=["short", "long"])
+def test_probes_are_the_attention_probabilities(target, dtype, lengths):
     device, family = target
-    model = Model(shape_on(device), dtype, device, 32, 4)
-    state = make_state(model, [9, 0, 30], guided=[1])
+    capacity = max(lengths) + 2
+    model = Model(shape_on(device), dtype, device, capacity, 4)
+    state = make_state(model, list(lengths), guided=[1])
     layers, heads = [1, 0, 1], [1, 1, 0]
     if (
         device == "cuda"
@@ -290,7 +292,7 @@ def test_probes_are_the_attention_probabilities(target, dtype):
         < 0
     ):
         pytest.skip("no CUDA kernel of this family writes probes")
-    probes = torch.full((3, 5, 1, 35), float("nan"), device=device)
+    probes = torch.full((3, 5, 1, capacity + 3), float("nan"), device=device)
     without = model.step(state, family)
     logits = model.step(state, family, probes=probes, probe_layers=layers, probe_heads=heads)
     torch.testing.assert_close(logits, without, rtol=0, atol=0 if device == "cpu" or family else 1e-2)
@@ -298,9 +300,9 @@ def test_probes_are_the_attention_probabilities(target, dtype):
     for i, (layer, head) in enumerate(zip(layers, heads, strict=True)):
         for r, length in enumerate(state.seqlens.tolist()):
             row = probes[i, r, 0].cpu().double()
-            assert_accurate(
-                row[: length + 1], attention[layer][r][head].cpu(), low[layer][r][head].cpu(), atol=1e-5, what="probe"
-            )
+            # One head has few errors to take the largest of: a factor of 3.
+            exact, rough = attention[layer][r][head].cpu(), low[layer][r][head].cpu()
+            assert_accurate(row[: length + 1], exact, rough, factor=3.0, atol=1e-5, what="probe")
             assert (row[length + 1 :] == 0).all()
     assert probes[:, 3:].isnan().all()
 

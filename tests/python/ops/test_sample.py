@@ -124,6 +124,23 @@ def test_a_request_alone_draws_what_it_draws_in_the_batch(case):
         assert token.item() == tokens[r].item()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", [0.0, 0.5, 1000.0], ids=["distinct", "ties", "all equal"])
+def test_a_request_draws_the_same_in_batches_of_any_size(step):
+    # More requests leave fewer thread blocks to each, which share what top-k and top-p have to count.
+    batch = Batch(Case(device="cuda", dtype=torch.float32), list(SETTINGS) * 16, 8194)
+    if step > 0:
+        batch.logits.copy_((batch.logits / step).round() * step)
+    seen = batch.seen.clone()
+    together = batch.sample()
+    for n in (1, 11, 16, 17, 33, 34, 66, 67, 100):
+        first = {name: t[:n] for name, t in batch.parameters.items()}
+        tokens = OPS.sample(
+            batch.logits, batch.rows[:n], seen[:n].clone(), **first, seed=batch.seed[:n], step=batch.step[:n]
+        )
+        assert torch.equal(tokens, together[:n]), f"of {n} requests"
+
+
 @grid("sample_strided", cpu=3, cuda=3)
 def test_parameters_may_be_strided_views(case):
     batch = Batch(case, list(SETTINGS), 300)

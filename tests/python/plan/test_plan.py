@@ -8,6 +8,7 @@ import pytest
 from vivace import cli, plan, t3
 
 RESULTS = Path(__file__).resolve().parents[3] / "docs/results/generate-h200.json"
+CARDS = RESULTS.with_name("cards-h200.json")
 OVERHEAD = plan.Overhead(600e6, 2e6, "a test")
 
 
@@ -79,18 +80,24 @@ def test_the_default_shape_is_the_real_model():
     assert plan.shape_of("fp32").kv_bytes_per_token == 2 * plan.Shape().kv_bytes_per_token
 
 
-def measured_rows():
-    rows = json.loads(RESULTS.read_text())
+def measured_rows(file=RESULTS):
+    rows = json.loads(file.read_text()) if file.is_file() else []
     return [r for r in rows if r.get("vram_peak_gib") and r["implementation"] == "vivace"] if type(rows) is list else []
 
 
 @pytest.mark.skipif(not measured_rows(), reason="docs/results/generate-h200.json has no memory of whole processes")
 def test_predictions_are_within_5_percent_of_what_was_measured():
-    for measured in measured_rows():
-        found = plan.predict(
-            plan.row_shape(measured), measured["requests"], measured["max_tokens"], **plan.row_options(measured)
-        )
-        assert found.total / plan.GIB == pytest.approx(measured["vram_peak_gib"], rel=0.05)
+    for measured in (*measured_rows(), *measured_rows(CARDS)):
+        assert plan.predict_row(measured) / plan.GIB == pytest.approx(measured["vram_peak_gib"], rel=0.05)
+
+
+@pytest.mark.skipif(not measured_rows(CARDS), reason="docs/results/cards-h200.json has no memory of whole processes")
+def test_what_was_planned_for_a_card_fitted_into_it():
+    batches = sorted(measured_rows(CARDS), key=lambda row: row["requests"])
+    assert len(batches) == len(plan.SIZES)
+    for size, measured in zip(plan.SIZES, batches, strict=True):
+        assert measured["max_tokens"] == 1000 and measured["vram_peak_gib"] <= size
+        assert plan.predict_row(measured) == pytest.approx((size - plan.RESERVE) * plan.GIB, rel=0.05)  # and filled it
 
 
 def test_the_table_has_the_usual_cards(capsys):

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from vivace.report import svg
+from vivace.report import chart, svg
 from vivace.report.figures import figures
 
 
@@ -68,15 +68,56 @@ def check_inside(element, left, width, height):
 
 
 def test_a_series_is_drawn_at_its_points_with_its_values():
-    plot = svg.Plot(400, 300, svg.log_axis([1, 64], ticks=[1, 64]), svg.axis_from_zero(20))
+    plot = svg.Plot(400, 300, svg.log_axis([1, 64], ticks=[1, 64]), svg.axis_from_zero(20), "label")
     plot.add(svg.Series("a & b", [(1, 5), (64, 20)], "own", ["five", "twenty"]))
     plot.level(12, "12 GB card")
-    text = plot.svg("label")
+    text = plot.svg()
     ElementTree.fromstring(text)
     places = re.findall(r'<circle class="dot own" cx="([\d.]+)" cy="([\d.]+)"', text)
     assert [(float(x), float(y)) for x, y in places] == [(plot.px(1), plot.py(5)), (plot.px(64), plot.py(20))]
     assert "five" in text and "twenty" in text and "12 GB card" in text and "a &amp; b: 5 at 1" in text
     assert f'y1="{plot.py(12):g}"' in text
+
+
+def test_values_that_would_cover_each_other_are_left_out():
+    plot = svg.Plot(400, 300, svg.log_axis([1, 100], ticks=[1, 100]), svg.axis_from_zero(20))
+    plot.add(svg.Series("a", [(10, 10), (10.2, 10), (100, 10)], "own", ["first", "second", "third"]))
+    text = plot.svg()
+    assert "first" not in text and "second" in text and "third" in text  # from the last one on
+    plot.add(svg.Series("b", [(10, 9.9)], "own", ["above"]))
+    plot.add(svg.Series("c", [(10, 9.9)], "own", ["under"], below=True))
+    assert "above" not in plot.svg() and "under" in plot.svg()
+
+
+def test_ticks_that_would_run_into_each_other_are_left_out():
+    ticks = [1, 2, 20, 21, 22, 64]
+    text = svg.Plot(300, 300, svg.log_axis(ticks, ticks=ticks), svg.axis_from_zero(1)).svg()
+    assert [t for t in ticks if f'text-anchor="middle">{t}<' in text] == [1, 2, 20, 64]
+
+
+def test_plots_beside_each_other_have_axes_of_one_height():
+    made = []
+
+    def plot_of(legend):
+        def plot(width, head):
+            made.append(
+                svg.Plot(width, 300, svg.log_axis([1, 9]), svg.axis_from_zero(1, "unit"), "title", legend, head)
+            )
+            return made[-1]
+
+        return plot
+
+    chart.grid(False, [plot_of(()), plot_of([svg.Series("a line", [(1, 1)], "own")])])
+    first, *_, left, right = made
+    assert first.top < right.top  # the legend moves the axes down
+    assert (left.top, left.bottom) == (right.top, right.bottom)
+
+
+def test_lengths_with_another_amount_of_tokens_are_not_on_the_line(rows):
+    forward = [row for row in rows if row["op"] == "forward"]
+    other = [row | {"s": 500, "s_k": 500, "batch": 2, "tflops": 91.0} for row in forward[:1]]
+    assert figures([*forward, *other])[0].draw(False) == figures(forward)[0].draw(False)
+    assert any("500" in line for line in figures([*forward, *other])[0].tables[0].lines)  # but in the table
 
 
 def test_bars_are_as_long_as_their_values():

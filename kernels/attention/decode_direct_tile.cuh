@@ -1,0 +1,289 @@
+// What one warp of decode_direct computes of a tile of keys, which it holds in
+// registers just as they came from memory: each 16-byte chunk of a row is an
+// operand of mma.m16n8k16 as it is. Products do not care for the order of the
+// dims or keys that they sum over, so the orders are what the chunks make them.
+//
+//   S^T (keys x query rows) = K Q^T. Narrow, to 4 query rows: the four words of
+//   a chunk (8 dims of a key) are rows r and r + 8 of A, thus two halves of one
+//   key, which meet different columns of B: column 2 n has a query row's words
+//   0 and 2 of each chunk, column 2 n + 1 its words 1 and 3. A score is the sum
+//   of two elements, both in one lane. Wide, to 8 rows: rows r and r + 8 are
+//   two keys.
+//
+//   O^T (dims x query rows) += V^T P^T: a lane has the same chunk of 4 keys;
+//   halves of the words of two keys are paired, so that rows r and r + 8 of A
+//   are neighbouring dims.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/attention/softmax.cuh"
+#include "kernels/common/convert.cuh"
+#include "kernels/common/ptx.cuh"
+
+namespace vivace {
+
+/// Keys [16 g, 16 g + 16) are group g. A lane has, of the keys lane / 4 and
+/// lane / 4 + 8 of a group, chunks lane % 4 + 4 i, and of the values 2 (lane %
+/// 4) + {0, 1, 8, 9} chunk lane / 4 + 8 i.
+template <typename T, int kDim, int kGroups_, bool kNarrow_, bool kStream>
+struct DirectTile {
+  static constexpr int kGroups = kGroups_;
+  static constexpr bool kNarrow = kNarrow_;
+  static constexpr int kKeys = 16 * kGroups;
+  static constexpr int kChunks = kDim / 32;         // of a key, in a lane
+  static constexpr int kColumns = kNarrow ? 1 : 2;  // query rows of a lane: lane % 4, or 2 (lane % 4) + {0, 1}
+  using Scores = float[kGroups][2][kColumns];       // key 16 g + lane / 4 + 8 e
+
+  uint4 k[kGroups][2][kChunks];
+  uint4 v[kGroups][4][kDim / 64];
+
+  static __device__ __forceinline__ int key_row(int g, int e) {
+    return 16 * g + static_cast<int>(threadIdx.x % 32) / 4 + 8 * e;
+  }
+  static __device__ __forceinline__ int value_row(int g, int e) {
+    return 16 * g + 2 * static_cast<int>(threadIdx.x % 4) + (e & 1) + 4 * (e & 2);
+  }
+
+  /// ld.global.v4.b32 past L1. With L1::no_allocate L2, too, lets go of the
+  /// lines first: 5 % faster where nothing can stay in it, a third slower where
+  /// all could.
+  static __device__ __forceinline__ uint4 load(const char* from) {
+    uint4 x;
+    if constexpr (kStream) {
+      asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                   : "l"(from));
+    } else {
+      asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    }
+    return x;
+  }
+
+  /// Rows of 8 keys; the same chunk of 4 values a lane. `rows(row of the tile)`
+  /// is where this lane's first chunk of it lies.
+  template <typename Rows>
+  __device__ __forceinline__ void load_keys(int g, int e, const Rows& rows) {
+    const char* const row = rows(key_row(g, e));
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) k[g][e][i] = load(row + 64 * i);
+  }
+  template <typename Rows>
+  __device__ __forceinline__ void load_values(int g, int i, const Rows& rows) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[g][e][i] = load(rows(value_row(g, e)) + 128 * i);
+  }
+
+  template <typename Rows>
+  __device__ __forceinline__ void load_keys(const Rows& rows) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) load_keys(g, e, rows);
+    }
+  }
+  template <typename Rows>
+  __device__ __forceinline__ void load_values(const Rows& rows) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int i = 0; i < kDim / 64; ++i) load_values(g, i, rows);
+    }
+  }
+
+  /// Query rows as the B operand.
+  struct Queries {
+    uint2 narrow[kChunks];
+    uint4 wide[kChunks];
+
+    /// Of the query row that this lane's column belongs to.
+    static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x % 32) / (kNarrow ? 8 : 4); }
+    /// from: chunk lane % 4 of that row; null: zeros.
+    __device__ __forceinline__ void load(const char* from) {
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        wide[i] = from == nullptr ? make_uint4(0, 0, 0, 0) : DirectTile::load(from + 64 * i);
+      }
+    }
+    /// When they are there.
+    __device__ __forceinline__ void arrange() {
+      const bool even = threadIdx.x / 4 % 2 == 0;
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        narrow[i] = even ? make_uint2(wide[i].x, wide[i].z) : make_uint2(wide[i].y, wide[i].w);
+      }
+    }
+  };
+
+  /// Times `scale`. used(g, e) is called when keys e of group g have been used.
+  template <typename Used>
+  __device__ __forceinline__ void scores(Scores& s, const Queries& q, float scale, const Used& used) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      if constexpr (kNarrow) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+          for (int i = 0; i < kChunks; ++i) {
+            const uint32_t a[4] = {k[g][e][i].x, k[g][e][i].y, k[g][e][i].z, k[g][e][i].w};
+            ptx::mma_m16n8k16<T>(x, a, q.narrow[i].x, q.narrow[i].y);
+          }
+          used(g, e);
+          s[g][e][0] = (x[0] + x[3]) * scale;
+        }
+      } else {
+        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) {
+          const uint4 &low = k[g][0][i], &high = k[g][1][i];
+          const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+          ptx::mma_m16n8k16<T>(x, first, q.wide[i].x, q.wide[i].y);
+          ptx::mma_m16n8k16<T>(x, second, q.wide[i].z, q.wide[i].w);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          used(g, e);
+          s[g][e][0] = x[2 * e] * scale;
+          s[g][e][1] = x[2 * e + 1] * scale;
+        }
+      }
+    }
+  }
+
+  /// Rows of the tile from `end` on do not exist; what was loaded in their
+  /// place is cleared.
+  __device__ __forceinline__ void hide(Scores& s, int end) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          if (key_row(g, e) >= end) s[g][e][j] = -INFINITY;
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+#pragma unroll
+        for (int i = 0; i < kDim / 64; ++i) {
+          if (value_row(g, e) >= end) v[g][e][i] = make_uint4(0, 0, 0, 0);
+        }
+      }
+    }
+  }
+};
+
+/// Online softmax over the keys that a warp has seen, in powers of two. A lane
+/// holds, of its query rows, dims 8 (lane / 4 + 8 i) + {0 ... 7}.
+template <typename T, int kDim, typename Tile>
+struct DirectState {
+  static constexpr int kColumns = Tile::kColumns, kGroups = Tile::kGroups;
+  static constexpr bool kNarrow = Tile::kNarrow;
+
+  float max[kColumns], sum[kColumns];  // the maximum is the same in all lanes of
+                                       // a row, the sum is this lane's part
+  float out[kDim / 16][4];             // [4 i + w][2 h + j]: dim 8 (lane / 4 + 8 i) + 2 w +
+                                       // h, row j; narrow: j is 0
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      max[j] = -INFINITY;
+      sum[j] = 0.0f;
+    }
+#pragma unroll
+    for (int m = 0; m < kDim / 16; ++m) out[m][0] = out[m][1] = out[m][2] = out[m][3] = 0.0f;
+  }
+
+  static __device__ __forceinline__ int row(int j) {
+    return kNarrow ? static_cast<int>(threadIdx.x % 4) : 2 * static_cast<int>(threadIdx.x % 4) + j;
+  }
+
+  /// Scores become probabilities, as far as the keys seen until now tell.
+  __device__ __forceinline__ void weigh(typename Tile::Scores& s) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      float largest = max[j];
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) largest = fmaxf(largest, fmaxf(s[g][0][j], s[g][1][j]));
+#pragma unroll
+      for (int distance = 4; distance < 32; distance *= 2) {
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
+      }
+      const float offset = largest == -INFINITY ? 0.0f : largest;  // nothing seen yet: not -inf - -inf
+      const float rescale = ptx::exp2_approx(max[j] - offset);
+      max[j] = largest;
+      float part = 0.0f;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          s[g][e][j] = ptx::exp2_approx(s[g][e][j] - offset);
+          part += s[g][e][j];
+        }
+      }
+      sum[j] = fmaf(sum[j], rescale, part);
+#pragma unroll
+      for (int m = 0; m < kDim / 16; ++m) {
+        out[m][j] *= rescale;
+        out[m][2 + j] *= rescale;
+      }
+    }
+  }
+
+  /// Adds the values, p of each. used(g, i) is called when values i of group g
+  /// have been used.
+  template <typename Used>
+  __device__ __forceinline__ void add(const typename Tile::Scores& p, const Tile& tile, const Used& used) {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      uint32_t b[2];  // p as the B operand: keys are its rows
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        b[e] = ptx::movmatrix_trans(pack2<T>(p[g][e][0], kNarrow ? 0.0f : p[g][e][kColumns - 1]));
+      }
+#pragma unroll
+      for (int i = 0; i < kDim / 64; ++i) {
+        const auto pairs = [&](int w, uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3) {
+          const uint32_t a[4] = {__byte_perm(x0, x1, 0x5410), __byte_perm(x0, x1, 0x7632), __byte_perm(x2, x3, 0x5410),
+                                 __byte_perm(x2, x3, 0x7632)};
+          ptx::mma_m16n8k16<T>(out[4 * i + w], a, b[0], b[1]);
+        };
+        const uint4 &v0 = tile.v[g][0][i], &v1 = tile.v[g][1][i], &v2 = tile.v[g][2][i], &v3 = tile.v[g][3][i];
+        pairs(0, v0.x, v1.x, v2.x, v3.x);
+        pairs(1, v0.y, v1.y, v2.y, v3.y);
+        pairs(2, v0.z, v1.z, v2.z, v3.z);
+        pairs(3, v0.w, v1.w, v2.w, v3.w);
+        used(g, i);
+      }
+    }
+  }
+
+  /// Writes the state to shared memory: rows of outputs `pitch` floats apart,
+  /// and {maximum, sum} of each.
+  __device__ __forceinline__ void store(float* to, int pitch, float2* stats, int rows) const {
+    const int quad = static_cast<int>(threadIdx.x % 32) / 4;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      float total = sum[j];
+#pragma unroll
+      for (int distance = 4; distance < 32; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
+      const int r = row(j);
+      if (r >= rows) continue;
+      if (quad == 0) stats[r] = make_float2(max[j], total);
+#pragma unroll
+      for (int i = 0; i < kDim / 64; ++i) {
+#pragma unroll
+        for (int w = 0; w < 4; w += 2) {
+          const float(&a)[4] = out[4 * i + w], (&b)[4] = out[4 * i + w + 1];
+          *reinterpret_cast<float4*>(to + r * pitch + 8 * (quad + 8 * i) + 2 * w) =
+              make_float4(a[j], a[2 + j], b[j], b[2 + j]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace vivace
