@@ -135,18 +135,23 @@ __global__ void __launch_bounds__(ForwardTile<kDim, kSmallSm>::kThreads, Forward
       }
     }
 
+    const auto probabilities = [&](uint32_t(&packed)[kFragsM][4], int j) {
+#pragma unroll
+      for (int m = 0; m < kFragsM; ++m) pack_probabilities<T>(packed[m], s[m], j);
+    };
     if (exchange()) {
       copy_k.all();
-      uint32_t packed[kStepsP][kFragsM][4];
+      if constexpr (!kRich) {
 #pragma unroll
-      for (int j = 0; j < kStepsP; ++j) {
+        for (int j = 0; j < kStepsP; ++j) {
 #pragma unroll
-        for (int m = 0; m < kFragsM; ++m) {
-          if (!kRich) softmax.exponentiate(s, scale_log2, m, j);
-          pack_probabilities<T>(packed[j][m], s[m], j);
+          for (int m = 0; m < kFragsM; ++m) softmax.exponentiate(s, scale_log2, m, j);
         }
       }
-      multiply_visible_values<T, kDim>(o, packed, v_tile);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load_v<kDim>(frags[i], v_lane, i);
+      add_values_not_finite<T, kDim>(o, s, v_tile);
+      multiply_pv<T, kDim, kFragsM, kFragsS, true>(o, v_lane, frags, probabilities, Nothing());
     } else {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) load_v<kDim>(frags[i], v_lane, i);
@@ -154,10 +159,6 @@ __global__ void __launch_bounds__(ForwardTile<kDim, kSmallSm>::kThreads, Forward
 #pragma unroll
         for (int m = 0; m < kFragsM; ++m) softmax.exponentiate(s, scale_log2, m, 0);
       }
-      const auto probabilities = [&](uint32_t(&packed)[kFragsM][4], int j) {
-#pragma unroll
-        for (int m = 0; m < kFragsM; ++m) pack_probabilities<T>(packed[m], s[m], j);
-      };
       // The exponentials of the next 16 keys between the mma of these.
       const auto between = [&](int i, int count) {
         copy_k(i, count);

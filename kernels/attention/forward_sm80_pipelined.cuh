@@ -201,27 +201,17 @@ __global__ void __launch_bounds__(ForwardTile<kDim, kSmallSm>::kThreads, Forward
 #pragma unroll
             for (int m = 0; m < kFragsM; ++m) dropout.apply(s[m], row + 16 * m, key);
           }
-          uint32_t packed[kStepsP][kFragsM][4];
+          const auto probabilities = [&](uint32_t(&packed)[kFragsM][4], int j) {
 #pragma unroll
-          for (int j = 0; j < kStepsP; ++j) {
-#pragma unroll
-            for (int m = 0; m < kFragsM; ++m) pack_probabilities<T>(packed[j][m], s[m], j);
-          }
-          if (hidden) {
-            multiply_visible_values<T, kDim>(o, packed, v_tile + at);
-            return;
-          }
+            for (int m = 0; m < kFragsM; ++m) pack_probabilities<T>(packed[m], s[m], j);
+          };
           preload_v(at);
-          multiply_pv<T, kDim, kFragsM, kFragsS>(
-              o, v_lane + at, frags,
-              [&](uint32_t(&p_frags)[kFragsM][4], int j) {
-#pragma unroll
-                for (int m = 0; m < kFragsM; ++m) {
-#pragma unroll
-                  for (int e = 0; e < 4; ++e) p_frags[m][e] = packed[j][m][e];
-                }
-              },
-              Nothing());
+          if (hidden) {
+            add_values_not_finite<T, kDim>(o, s, v_tile + at);
+            multiply_pv<T, kDim, kFragsM, kFragsS, true>(o, v_lane + at, frags, probabilities, Nothing());
+          } else {
+            multiply_pv<T, kDim, kFragsM, kFragsS>(o, v_lane + at, frags, probabilities, Nothing());
+          }
         };
         first_scores(Nothing());
         product(s0, n * kStep, v_at);

@@ -281,8 +281,8 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&p)[4], const float
 }
 
 /// o += P V of one step. first: its first fragments of V; probabilities(p, j) gives those of keys 16 * j to 16 * j + 16;
-/// between(i, n) stands behind the mma of each of V's n fragments.
-template <typename T, int kDim, int kFragsM, int kFragsS, typename Probabilities, typename Between>
+/// between(i, n) stands behind the mma of each of V's n fragments. kFinitePart: of V's finite elements alone.
+template <typename T, int kDim, int kFragsM, int kFragsS, bool kFinitePart = false, typename Probabilities, typename Between>
 __device__ __forceinline__ void multiply_pv(float (&o)[kFragsM][kDim / 8][4], uint32_t v, const uint32_t (&first)[kAhead][4],
                                             const Probabilities& probabilities, const Between& between) {
   constexpr int kDims = kDim / 16, kCount = kFragsS / 2 * kDims, kRing = kAhead + 1;
@@ -297,7 +297,9 @@ __device__ __forceinline__ void multiply_pv(float (&o)[kFragsM][kDim / 8][4], ui
     const int d = i % kDims * 2;
     if (d == 0) probabilities(p, i / kDims);
     if (i + kAhead < kCount) load_v<kDim>(v_frags[(i + kAhead) % kRing], v, i + kAhead);
-    const uint32_t(&b)[4] = v_frags[i % kRing];
+    uint32_t b[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) b[e] = kFinitePart ? finite_part<T>(v_frags[i % kRing][e]) : v_frags[i % kRing][e];
 #pragma unroll
     for (int m = 0; m < kFragsM; ++m) {
       ptx::mma_m16n8k16<T>(o[m][d], p[m], b[0], b[1]);

@@ -35,15 +35,21 @@ __device__ __forceinline__ uint32_t finite_sum<__half>(uint32_t pair, uint32_t s
   return sum;
 }
 
-/// o += P V of kSteps * 16 keys for V that has elements which are not finite, without the mma: a key reaches only rows whose
-/// probability of it is not 0. p: A fragments of kFragsM * 16 rows; tile: V's rows of these keys, swizzled, complete. By one
-/// warp. Slow.
-template <typename T, int kDim, int kFragsM, int kSteps>
-__device__ __forceinline__ void multiply_visible_values(float (&o)[kFragsM][kDim / 8][4],
-                                                        const uint32_t (&p)[kSteps][kFragsM][4], uint32_t tile) {
+/// The pair with zeros for what is not finite.
+template <typename T>
+__device__ __forceinline__ uint32_t finite_part(uint32_t pair) {
+  return pair & ~((not_finite<T>(pair) >> 15) * 0xffffu);
+}
+
+/// Adds p * v of those elements of V that are not finite to o, for rows whose p is not 0: with finite_part of V, the product
+/// is then exact for every row. p: probabilities of kFragsM * 16 rows as accumulators; tile: V's rows of these keys,
+/// swizzled, complete. By one warp. Slow.
+template <typename T, int kDim, int kFragsM, int kFragsN>
+__device__ __forceinline__ void add_values_not_finite(float (&o)[kFragsM][kDim / 8][4],
+                                                      const float (&p)[kFragsM][kFragsN][4], uint32_t tile) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int j = 0; j < 16 * kSteps; ++j) {
+  for (int j = 0; j < 8 * kFragsN; ++j) {
     float p_j[kFragsM][2];  // of rows lane / 4 and lane / 4 + 8: in a register of lane j % 8 / 2 of the four
 #pragma unroll
     for (int m = 0; m < kFragsM; ++m) {
@@ -51,21 +57,28 @@ __device__ __forceinline__ void multiply_visible_values(float (&o)[kFragsM][kDim
       for (int r = 0; r < 2; ++r) {
         uint32_t x = 0;  // by masks: selects would become an array in memory
 #pragma unroll
-        for (int k = 0; k < 2 * kSteps; ++k) x |= p[k / 2][m][2 * (k % 2) + r] & ptx::opaque(k == j / 8 ? 0xffffffffu : 0u);
-        const float2 pair = unpack2<T>(__shfl_sync(0xffffffffu, x, j % 8 / 2, 4));
-        p_j[m][r] = j % 2 != 0 ? pair.y : pair.x;
+        for (int f = 0; f < kFragsN; ++f) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            x |= __float_as_uint(p[m][f][2 * r + e]) & ptx::opaque(8 * f + e == (j & ~6) ? 0xffffffffu : 0u);
+          }
+        }
+        p_j[m][r] = __uint_as_float(__shfl_sync(0xffffffffu, x, j % 8 / 2, 4));
       }
     }
 #pragma unroll
     for (int f = 0; f < kDim / 8; ++f) {
-      const float2 x = unpack2<T>(ptx::ld_shared(tile + Swizzle<kDim>::offset(j, f) + 4 * (lane % 4)));
+      const uint32_t v = ptx::ld_shared(tile + Swizzle<kDim>::offset(j, f) + 4 * (lane % 4));
+      const uint32_t v_bad = not_finite<T>(v);
+      if (v_bad == 0) continue;
+      const float2 x = unpack2<T>(v);
 #pragma unroll
       for (int m = 0; m < kFragsM; ++m) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           if (p_j[m][r] == 0.0f) continue;
-          o[m][f][2 * r] = fmaf(p_j[m][r], x.x, o[m][f][2 * r]);
-          o[m][f][2 * r + 1] = fmaf(p_j[m][r], x.y, o[m][f][2 * r + 1]);
+          if (v_bad & 0x8000u) o[m][f][2 * r] += p_j[m][r] * x.x;
+          if (v_bad & 0x80000000u) o[m][f][2 * r + 1] += p_j[m][r] * x.y;
         }
       }
     }
