@@ -89,4 +89,17 @@ inline DecodeArgs decode_args(const AttentionParams& p, const DecodeShape& shape
   return args;
 }
 
+/// launch.operator()<T, kDim, kTiles>() for the types and tiles of a call.
+template <typename Launch>
+cudaError_t launch_decode_shape(DType dtype, const DecodeShape& shape, const Launch& launch) {
+  const bool wide = shape.column_tiles == 2;
+  const auto of = [&]<typename T>() {
+    if (shape.head_dim == 64) return wide ? launch.template operator()<T, 64, 2>() : launch.template operator()<T, 64, 1>();
+    if (shape.head_dim == 128)
+      return wide ? launch.template operator()<T, 128, 2>() : launch.template operator()<T, 128, 1>();
+    return launch.template operator()<T, 256, 1>();
+  };
+  return dtype == DType::kFloat16 ? of.template operator()<__half>() : of.template operator()<__nv_bfloat16>();
+}
+
 }  // namespace vivace

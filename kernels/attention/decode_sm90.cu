@@ -35,14 +35,6 @@ cudaError_t launch(DecodeArgs& args, cudaStream_t stream) {
   return launch_decode<T, kDim, kTiles, Copy>(args, maps, stream);
 }
 
-template <typename T>
-cudaError_t launch_dim(DecodeArgs& args, const DecodeShape& shape, cudaStream_t stream) {
-  const bool wide = shape.column_tiles == 2;
-  if (shape.head_dim == 64) return wide ? launch<T, 64, 2>(args, stream) : launch<T, 64, 1>(args, stream);
-  if (shape.head_dim == 128) return wide ? launch<T, 128, 2>(args, stream) : launch<T, 128, 1>(args, stream);
-  return launch<T, 256, 1>(args, stream);
-}
-
 }  // namespace
 
 cudaError_t attention_decode_sm90(const AttentionParams& p, cudaStream_t stream) {
@@ -52,8 +44,8 @@ cudaError_t attention_decode_sm90(const AttentionParams& p, cudaStream_t stream)
   if (shape.ranges * shape.units > 0x7fffffff) return cudaErrorNotSupported;
   if (p.block_table != nullptr && p.page_size % decode_keys(shape.head_dim) != 0) return cudaErrorNotSupported;
   DecodeArgs args = decode_args(p, shape);
-  return p.dtype == DType::kFloat16 ? launch_dim<__half>(args, shape, stream)
-                                    : launch_dim<__nv_bfloat16>(args, shape, stream);
+  return launch_decode_shape(p.dtype, shape,
+                             [&]<typename T, int kDim, int kTiles>() { return launch<T, kDim, kTiles>(args, stream); });
 }
 
 }  // namespace vivace

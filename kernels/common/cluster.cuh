@@ -1,28 +1,7 @@
-// Thread block clusters and programmatic dependent launch of Hopper, one instruction a function.
+// Thread block clusters of Hopper, one instruction a function.
 #pragma once
 
 #include <cstdint>
-
-#include "kernels/common/ptx.cuh"
-
-namespace vivace::ptx {
-
-/// griddepcontrol.launch_dependents: once every block has done so (or ended), blocks of the next kernel may start. Nothing
-/// before sm_90.
-__device__ __forceinline__ void launch_dependents() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-/// griddepcontrol.wait: until the kernel before has ended and what it wrote is visible. Nothing before sm_90, where kernels
-/// do not overlap.
-__device__ __forceinline__ void dependency_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-}  // namespace vivace::ptx
 
 namespace vivace::sm90 {
 

@@ -63,20 +63,4 @@ __device__ __forceinline__ float2 unpack2<__half>(uint32_t x) {
   return __half22float2(*reinterpret_cast<const __half2*>(&x));
 }
 
-/// Element i of an array whose type is known at run time only.
-__device__ __forceinline__ float load_as_float(const void* p, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat16: return to_float(static_cast<const __half*>(p)[i]);
-    case DType::kBFloat16: return to_float(static_cast<const __nv_bfloat16*>(p)[i]);
-    default: return static_cast<const float*>(p)[i];
-  }
-}
-__device__ __forceinline__ void store_from_float(void* p, DType dtype, int64_t i, float x) {
-  switch (dtype) {
-    case DType::kFloat16: static_cast<__half*>(p)[i] = from_float<__half>(x); break;
-    case DType::kBFloat16: static_cast<__nv_bfloat16*>(p)[i] = from_float<__nv_bfloat16>(x); break;
-    default: static_cast<float*>(p)[i] = x;
-  }
-}
-
 }  // namespace vivace

@@ -9,6 +9,7 @@
 
 #include "kernels/common/cluster.cuh"
 #include "kernels/common/philox.h"
+#include "kernels/common/ptx.cuh"
 #include "kernels/sampling/logits.cuh"
 #include "kernels/sampling/threshold.cuh"
 

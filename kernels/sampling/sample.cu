@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/common/philox.h"
+#include "kernels/common/ptx.cuh"
 #include "kernels/common/vector.cuh"
 #include "kernels/sampling/logits.cuh"
 #include "kernels/sampling/race.cuh"
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
   extern __shared__ float kept[];  // (vocab): logits
   __shared__ Indexed slots[2][kWarps];
   __shared__ Threshold<kThreads, 1>::Slots threshold_slots;
-  ptx::dependency_wait();
+  ptx::grid_dependency_wait();
   BlockReduce reduce(slots);
   for (int64_t r = blockIdx.x; r < p.requests; r += gridDim.x) {
     const DrawRequest request(p, r);
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 1) draw_kernel(const __grid_constant
     __shared__ typename Reduce::Slots race_slots;
     __shared__ typename Threshold<kThreads, kCluster>::Slots threshold_slots;
     Reduce reduce(race_slots);
-    ptx::dependency_wait();
+    ptx::grid_dependency_wait();
     const int64_t r = blockIdx.x / kCluster;
     const DrawRequest request(p, r);
     if (request.padding(p)) return;

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "kernels/common/cluster.cuh"
+#include "kernels/common/ptx.cuh"
 #include "kernels/sampling/logits.cuh"
 
 namespace vivace {

@@ -10,7 +10,7 @@
 // ended. The newest key and value come from memory directly.
 #pragma once
 
-#include "kernels/common/cluster.cuh"
+#include "kernels/common/ptx.cuh"
 #include "kernels/common/vector.cuh"
 
 namespace vivace {
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int group = lane / 8, dim = lane % 8 * 8;
   const int units = args.rows * args.heads, step = static_cast<int>(gridDim.x);
-  ptx::launch_dependents();
+  ptx::grid_dependency_launch();
 
   // Where the copies are: ahead of the arithmetic, possibly in another unit.
   const uint32_t queue = ptx::shared_address(attention_shared) + threadIdx.x * 16;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) load(stage);
 
-  ptx::dependency_wait();
+  ptx::grid_dependency_wait();
   // The query, the newest key and the newest value of a unit: this lane's 8 dimensions.
   struct Fresh {
     uint4 q, k, v;
@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
 /// A CTA a row and probe: exp2(score - lse) of the keys that the row sees, 0 behind them.
 template <typename T>
 __global__ void __launch_bounds__(kAttentionThreads) probe_kernel(const __grid_constant__ ChainProbeArgs probes) {
-  ptx::launch_dependents();
-  ptx::dependency_wait();
+  ptx::grid_dependency_launch();
+  ptx::grid_dependency_wait();
   const ChainAttentionArgs& args = probes.attention;
   __shared__ float q[64];
   const int row = static_cast<int>(blockIdx.x), head = probes.head[blockIdx.y];

@@ -2,7 +2,7 @@
 // times the first norm's gain, and its partial sums of squares.
 #pragma once
 
-#include "kernels/common/cluster.cuh"
+#include "kernels/common/ptx.cuh"
 #include "kernels/common/vector.cuh"
 #include "kernels/step/step.h"
 
@@ -31,7 +31,7 @@ __device__ __forceinline__ int64_t clamp_index(int64_t i, int64_t size) { return
 template <typename T>
 __global__ void __launch_bounds__(kEmbedThreads) embed_kernel(const __grid_constant__ EmbedArgs args) {
   const int64_t row = blockIdx.x;
-  ptx::launch_dependents();
+  ptx::grid_dependency_launch();
   const int64_t request = clamp_index(args.row_request[row], args.requests);
   const int64_t token = clamp_index(args.token[request], args.tokens);
   const int64_t position = clamp_index(args.position[request], args.positions);

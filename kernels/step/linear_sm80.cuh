@@ -8,7 +8,6 @@
 // (lane % 4) + {0, 1, 8, 9} of 16; since W and x permute the columns alike, the sum is the same.
 #pragma once
 
-#include "kernels/common/cluster.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/step/linear_epilogue.cuh"
 
@@ -41,7 +40,7 @@ __global__ void __launch_bounds__(kLinearThreads) linear_kernel(const __grid_con
   const int tile = static_cast<int>(blockIdx.y), row0 = static_cast<int>(blockIdx.x) * kN;
 
   extern __shared__ uint4 linear_shared[];
-  ptx::launch_dependents();
+  ptx::grid_dependency_launch();
   const uint32_t queue = ptx::shared_address(linear_shared) + threadIdx.x * 16;
   const auto slot = [&](int stage, int vector) { return queue + (stage * Tile::kVectors + vector) * kLinearThreads * 16; };
   const int chunks = args.k / 32;
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(kLinearThreads) linear_kernel(const __grid_con
   const int item_lane = static_cast<int>(threadIdx.x) % Item::kLanes;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) items[i].load_constants(args, row0 + item_row(i), tile, item_lane);
-  ptx::dependency_wait();
+  ptx::grid_dependency_wait();
 #pragma unroll
   for (int s = 0; s < Tile::kStages; ++s) {
     if (warp + s * kLinearWarps < chunks) load_x(warp + s * kLinearWarps, s);

@@ -16,22 +16,12 @@
 #include <cuda.h>
 
 #include "kernels/common/cluster.cuh"
+#include "kernels/common/ptx.cuh"
 #include "kernels/common/tma.cuh"
 #include "kernels/common/wgmma.cuh"
 #include "kernels/step/linear_epilogue.cuh"
 
 namespace vivace::sm90 {
-
-/// cp.async.bulk.tensor.2d from global to shared memory; completes on `barrier`.
-__device__ __forceinline__ void tma_load_2d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1,
-                                            uint64_t cache_hint) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], "
-      "[%2], "
-      "%5;" ::"r"(smem_address(destination)),
-      "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "l"(cache_hint)
-      : "memory");
-}
 
 template <typename T_, Matrix kMatrix_, int kN_, int kTiles_, int kSplit_, int kStages_>
 struct LinearTraits {
@@ -114,8 +104,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       tma_prefetch_map(&weight_map);
       tma_prefetch_map(&x_map);
       for (int b = 0; b < stages; ++b) load_weight(b, b);
-      ptx::launch_dependents();
-      ptx::dependency_wait();
+      ptx::grid_dependency_launch();
+      ptx::grid_dependency_wait();
       for (int b = 0; b < stages; ++b) load_x(b, b);
       for (int b = stages, s = 0, parity = 0; b < blocks; ++b) {
         barrier_wait(&smem.empty[s], parity);
@@ -135,7 +125,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   Item items[kOwned];
 #pragma unroll
   for (int i = 0; i < kOwned; ++i) items[i].load_constants(args, item_row(i), tile, item_lane);
-  ptx::dependency_wait();
+  ptx::grid_dependency_wait();
 #pragma unroll
   for (int i = 0; i < kOwned; ++i) items[i].load(args, tile, item_lane);
 #pragma unroll

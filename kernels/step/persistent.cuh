@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(PersistentShape<kHeads, kRows>::threads, 1)
     sm90::barrier_init_fence();
   }
   __syncthreads();
-  launch_dependents();
+  ptx::grid_dependency_launch();
   if (warp >= S::warps) {
     if constexpr (S::warps == 8) sm90::registers_decrease<S::producer_registers>();
     if (static_cast<int>(threadIdx.x) == 32 * S::warps) {

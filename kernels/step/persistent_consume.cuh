@@ -41,7 +41,7 @@ template <int kHeads, int kRows>
 __device__ __forceinline__ void consume(Worker<kHeads, kRows>& self, uint64_t* attended) {
   using S = PersistentShape<kHeads, kRows>;
   using M = Mailboxes<kHeads>;
-  wait_for_predecessors();
+  ptx::grid_dependency_wait();
   const int layers = static_cast<int>(self.p.layers);
   uint32_t* counter = self.template mailbox<uint32_t>(M::counter);
   const uint32_t step = *const_cast<volatile uint32_t*>(counter);

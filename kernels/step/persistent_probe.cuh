@@ -25,7 +25,7 @@ __device__ __forceinline__ void finish_probes(const StepParams& p, uint64_t* att
   constexpr int kThreads = S::threads - 32 * (S::warps + 1);
   const int cta = static_cast<int>(blockIdx.x), head = cta / S::group, part = cta % S::group;
   const int rows = static_cast<int>(p.rows), count = static_cast<int>(p.probe_count);
-  wait_for_predecessors();
+  ptx::grid_dependency_wait();
   for (int row = 0; row < rows; ++row) {
     const int64_t first = cache_row(p, row).length + 1;
     for (int i = 0; i < count; ++i) {

@@ -32,20 +32,20 @@ __device__ __forceinline__ void produce(const PersistentArgs& args, Ring<Persist
 
   auto weights = [&](const CUtensorMap& map, int output, int group) {
     uint64_t* barrier = acquire(S::stage_bytes);
-    tma_load_3d(ring.stage(0), &map, barrier, 0, output, group, sm90::kEvictFirst);
+    sm90::tma_load_3d(ring.stage(0), &map, barrier, 0, output, group, sm90::kEvictFirst);
     ring.advance(1);
   };
   auto load_qkv = [&](int layer) {
     for (int i = 0; i < 3; ++i) {
       uint64_t* barrier = acquire(S::stage_bytes);
-      tma_load_5d(ring.stage(0), &args.qkv, barrier, 0, 4 * part, 0, 0, (layer * 3 + i) * S::heads + head,
-                  sm90::kEvictFirst);
+      sm90::tma_load_5d(ring.stage(0), &args.qkv, barrier, 0, 4 * part, 0, 0, (layer * 3 + i) * S::heads + head,
+                        sm90::kEvictFirst);
       ring.advance(1);
     }
   };
   // Weights do not depend on the kernels before.
   load_qkv(0);
-  wait_for_predecessors();
+  ptx::grid_dependency_wait();
 
   CacheRow cache[kRows];
 #pragma unroll
@@ -64,8 +64,9 @@ __device__ __forceinline__ void produce(const PersistentArgs& args, Ring<Persist
         uint64_t* barrier = acquire(static_cast<uint32_t>(boxes * step) * 256);
         for (int i = 0; i < boxes; ++i) {
           uint8_t* to = ring.stage(0) + i * 1024;
-          tma_load_5d(to, k, barrier, 0, key + 8 * i, head, cache[r].row, layer, sm90::kEvictFirst);
-          tma_load_5d(to + S::stage_bytes / 2, v, barrier, 0, key + 8 * i, head, cache[r].row, layer, sm90::kEvictFirst);
+          sm90::tma_load_5d(to, k, barrier, 0, key + 8 * i, head, cache[r].row, layer, sm90::kEvictFirst);
+          sm90::tma_load_5d(to + S::stage_bytes / 2, v, barrier, 0, key + 8 * i, head, cache[r].row, layer,
+                            sm90::kEvictFirst);
         }
         ring.advance(1);
       }

@@ -1,10 +1,9 @@
-// What the persistent step uses of the machine beyond kernels/common: packets between CTAs, bounded waits, copies.
+// What the persistent step uses of the machine beyond kernels/common: packets between CTAs, bounded waits.
 #pragma once
-
-#include <cuda.h>
 
 #include <cstdint>
 
+#include "kernels/common/ptx.cuh"
 #include "kernels/common/tma.cuh"
 
 namespace vivace::step {
@@ -42,11 +41,6 @@ __device__ __forceinline__ void store_packet(uint2* p, uint32_t x, uint32_t tag)
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
-/// x, computed anew as far as the compiler knows: what follows from it is not kept in registers over a layer.
-__device__ __forceinline__ int anew(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 /// %clock
 __device__ __forceinline__ uint32_t cycles() {
   uint32_t now;
@@ -78,36 +72,5 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
   Watchdog watchdog;
   while (!barrier_try_wait(barrier, parity)) watchdog.check();
 }
-
-/// cp.async.bulk.tensor.2d, 3d and 5d from global to shared memory; complete on `barrier`.
-__device__ __forceinline__ void tma_load_2d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1,
-                                            uint64_t hint) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], "
-      "[%2], "
-      "%5;" ::"r"(sm90::smem_address(destination)),
-      "l"(map), "r"(sm90::smem_address(barrier)), "r"(c0), "r"(c1), "l"(hint)
-      : "memory");
-}
-__device__ __forceinline__ void tma_load_3d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1,
-                                            int c2, uint64_t hint) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], "
-      "[%2], %6;" ::"r"(sm90::smem_address(destination)),
-      "l"(map), "r"(sm90::smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(hint)
-      : "memory");
-}
-__device__ __forceinline__ void tma_load_5d(void* destination, const CUtensorMap* map, uint64_t* barrier, int c0, int c1,
-                                            int c2, int c3, int c4, uint64_t hint) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5, "
-      "%6, %7}], [%2], %8;" ::"r"(sm90::smem_address(destination)),
-      "l"(map), "r"(sm90::smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(hint)
-      : "memory");
-}
-/// griddepcontrol.wait: until the kernels before have completed, and what they wrote is visible.
-__device__ __forceinline__ void wait_for_predecessors() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-/// griddepcontrol.launch_dependents: the next kernel of the stream may be scheduled.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 }  // namespace vivace::step
