@@ -13,15 +13,17 @@ from pathlib import Path
 
 import torch
 
+from vivace.bench.process import nvidia_libraries
+
 TEXT = "Hello! This is vivace, turning text into speech tokens."
 OUT = Path(os.environ.get("OUT") or Path(__file__).resolve().parents[1] / "docs/results")
 
 
 def library_path(executable):
     """The host's library, torch's own, and the CUDA packages that pip put beside it."""
-    torch_directory = Path(torch.__file__).parent
-    found = {path.parent for path in (torch_directory.parent / "nvidia").glob("**/*.so*")}
-    return ":".join(map(str, [Path(executable).resolve().parents[1] / "lib", torch_directory / "lib", *sorted(found)]))
+    folder = Path(torch.__file__).parent
+    own = [str(Path(executable).resolve().parents[1] / "lib"), str(folder / "lib")]
+    return os.pathsep.join([*own, *nvidia_libraries(folder.parent)])
 
 
 def main():

@@ -17,21 +17,28 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(os.environ.get("OUT") or ROOT / "docs/results")
 STEPS = ("tests", "sanitize", "engine", "chatterbox", "bench")
-#: Name -> (file in $OUT, `vivace bench`'s arguments, seconds it may take); a run that is cut off keeps what it has, and
-#: runs of one file add to it.
 STEP = ["step", "-r", "9", "--arch", "auto,80", "--tokens"]
+ATTENTION = ["attention", "--arch", "auto,80", "--preset"]
+#: Name -> (file in $OUT, `vivace bench`'s arguments, seconds it may take); a run that is cut off keeps what it has, and
+#: runs of one file add to it. Those with slow peers come last.
 BENCHES = {
-    "step": ("step-h200", [*STEP, "300", "--rows", "1,2,40,128", "--peers", "compile,eager"], 200),
-    "generate": ("generate-h200", ["generate", "--peers", "eager,sdpa,compiled", "--peer-repetitions", "1"], 240),
-    "forward": (
-        "attention-h200",
-        ["attention", "--preset", "h200", "--op", "forward", "--arch", "auto,80", "--peers", "cudnn,fa2", "-r", "9"],
+    "forward": ("attention-h200", [*ATTENTION, "h200", "--op", "forward", "--peers", "cudnn,fa2", "-r", "9"], 60),
+    "extra": ("attention-extra-h200", [*ATTENTION, "extra", "--peers", "cudnn,fa2", "-r", "7"], 80),
+    "decode": (
+        "decode-h200",
+        ["attention", "--preset", "h200", "--op", "decode,overhead", "--peers", "cudnn,fa2", "-r", "9"],
         60,
     ),
-    "decode": ("decode-h200", ["attention", "--preset", "h200", "--op", "decode,overhead", "-r", "9"], 45),
-    "step-lengths": ("step-h200", [*STEP, "1000,3000", "--rows", "2,128", "--peers", "eager"], 50),
-    "cards": ("cards-h200", ["generate", "--vram", "8,12,16,24", "--peers", "none", "-r", "1"], 90),
-    "extra": ("attention-extra-h200", ["attention", "--preset", "extra", "-r", "7"], 70),
+    "step-lengths": ("step-h200", [*STEP, "1000,3000", "--rows", "2,128", "--peers", "eager"], 60),
+    "cards": ("cards-h200", ["generate", "--vram", "8,12,16,24", "--peers", "none", "-r", "1"], 80),
+    # Prompt and tokens together: 1,000 positions.
+    "memory": (
+        "memory-h200",
+        ["generate", "--batch", "1,20,64", "--max-tokens", "852", "--peers", "none", "-r", "1"],
+        50,
+    ),
+    "step": ("step-h200", [*STEP, "300", "--rows", "1,2,40,128", "--peers", "compile,eager"], 200),
+    "generate": ("generate-h200", ["generate", "--peers", "eager,sdpa,compiled", "--peer-repetitions", "1"], 200),
 }
 #: compute-sanitizer's tools, what each leaves out, and what tests/python/ops/sanitize.py, which says why, is told.
 SANITIZERS = {
@@ -57,42 +64,44 @@ FAILURES_SHOWN = 12  # of each step
 LINE = 190
 
 
+def start(command, log, **options):
+    """In a session of its own, so that a time-out ends its children too."""
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, **options)
+
+
 def run(name, command, seconds, **environment):
     """Runs one step; returns its record, with the whole output in ``log``."""
-    start = time.monotonic()
-    with tempfile.TemporaryFile("w+", errors="replace") as log_file:
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
-            # A session of its own, so that a time-out ends compute-sanitizer's child too.
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdout=log_file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            code = process.wait(max(seconds, 1))
-        except subprocess.TimeoutExpired:
-            end(process)
-            code = "timeout"
-        except KeyboardInterrupt:
-            end(process)
-            raise
+            process = start(command, log, env={**os.environ, **environment})
         except OSError as error:
-            log_file.write(str(error))
-            code = "not run"
-        log_file.seek(0)
-        log = log_file.read()
-    return {"step": name, "code": code, "seconds": round(time.monotonic() - start, 1), "log": log}
+            return {"step": name, "code": "not run", "seconds": 0, "log": str(error)}
+        return finish(name, process, log, seconds)
+
+
+def finish(name, process, log, seconds):
+    """Waits for a process; returns the step's record."""
+    begin = time.monotonic()
+    try:
+        code = process.wait(max(seconds, 1))
+    except subprocess.TimeoutExpired:
+        end(process)
+        code = "timeout"
+    except KeyboardInterrupt:
+        end(process)
+        code = "interrupted"
+    log.seek(0)
+    return {"step": name, "code": code, "seconds": round(time.monotonic() - begin, 1), "log": log.read()}
 
 
 def end(process):
     """As Ctrl-C does, so that a benchmark prints what it has and ends its own processes; then for good."""
     for number in (signal.SIGINT, signal.SIGKILL):
+        if process.poll() is not None:
+            return
         os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
-            return
 
 
 def run_tests(path, deadline):
@@ -138,22 +147,44 @@ def run_sanitizer(tool, deadline):
     return record
 
 
-def run_bench(what):
+@contextlib.contextmanager
+def prepared(names):
+    """Name -> (process, log) of these benchmarks, all started side by side: each does its imports, then waits."""
+    found, ready = {}, []
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            file, arguments, _ = BENCHES[name]
+            log = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            reading, writing = os.pipe()
+            command = [sys.executable, ".ci/gpu_bench.py", str(writing), *arguments]
+            command += ["--resume", str(OUT / f"{file}.json")]
+            found[name] = start(command, log, stdin=subprocess.PIPE, pass_fds=(writing,)), log
+            stack.callback(end, found[name][0])
+            os.close(writing)
+            ready.append(stack.enter_context(os.fdopen(reading)))
+        for pipe in ready:
+            pipe.read()  # it ends when the process has done its imports, or has ended
+        yield found
+
+
+def run_bench(what, process, log):
     file, arguments, seconds = BENCHES[what]
     if arguments[0] == "generate" and "VIVACE_EXECUTABLE" not in os.environ:
         return not_run(f"bench {what}", "VIVACE_EXECUTABLE is not set")
-    path = OUT / f"{file}.json"
-    command = [sys.executable, "-m", "vivace", "bench", *arguments, "--resume", str(path)]
-    record = run(f"bench {what}", command, seconds)
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+    record = finish(f"bench {what}", process, log, seconds)
     record["result"] = "ok" if record["code"] == 0 else "FAILED"
-    record["detail"] = str(path) if record["result"] == "ok" else f"ended with {record['code']}"
+    record["detail"] = str(OUT / f"{file}.json") if record["result"] == "ok" else f"ended with {record['code']}"
     record["failures"] = []
     return record
 
 
 def run_report(files):
-    """The page and the figures of what this round measured."""
-    runs = [str(path) for path in files if path.is_file()]
+    """The page and the figures of what this round measured; of two runs of one batch it takes the first one's."""
+    first = OUT / f"{BENCHES['generate'][0]}.json"
+    runs = [str(path) for path in sorted(files, key=lambda path: path != first) if path.is_file()]
     command = [sys.executable, "-m", "vivace", "report", *runs, "-o", str(OUT / "report.html")]
     record = run("report", [*command, "--figures", str(OUT / "figures")], 60)
     record["result"] = "ok" if record["code"] == 0 else "FAILED"
@@ -246,9 +277,12 @@ def main():
     files = list(dict.fromkeys(OUT / f"{BENCHES[what][0]}.json" for what in wanted))
     for path in files if not resumed else ():
         path.unlink(missing_ok=True)  # written case by case: an old one is not to be taken for a new one
-    for what in wanted:
-        records.append(run_bench(what))
-        print(f"\n== bench {what}\n{records[-1]['log'].strip()[-7000:]}", flush=True)
+    with prepared(wanted) as ready:
+        for what in wanted:
+            records.append(run_bench(what, *ready[what]))
+            print(f"\n== bench {what}\n{records[-1]['log'].strip()[-7000:]}", flush=True)
+            if records[-1].get("code") == "interrupted":
+                break
     if any(path.is_file() for path in files):
         records.append(run_report(files))
     with open(OUT / "gpu.log", "w", encoding="utf-8") as file:

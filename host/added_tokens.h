@@ -21,7 +21,6 @@ struct AddedToken {
 class AddedTokens {
  public:
   void add(AddedToken token);
-  bool empty() const noexcept { return tokens_.empty(); }
 
   /// Calls `piece(text, id)` for each part of `text` in order; id -1: not a token.
   void split(std::string_view text, const std::function<void(std::string_view piece, int32_t id)>& piece) const;

@@ -132,7 +132,6 @@ Archive Archive::open(const std::string& path) {
 const std::string& Archive::path() const noexcept { return state_->file.path(); }
 uint64_t Archive::file_size() const noexcept { return state_->file.size(); }
 const std::vector<ArchiveRecord>& Archive::records() const noexcept { return state_->records; }
-bool Archive::world_writable() const noexcept { return state_->file.world_writable(); }
 
 const ArchiveRecord* Archive::find(std::string_view name) const noexcept {
   const auto& records = state_->records;

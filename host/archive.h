@@ -49,9 +49,6 @@ class Archive {
   /// ends the digest and is passed on.
   std::string digest(int threads = 0, const std::function<void(uint64_t done, uint64_t total)>& progress = {}) const;
 
-  /// True when others than the owner and the group may write the file: its content may change after it was verified.
-  bool world_writable() const noexcept;
-
  private:
   struct State;
   explicit Archive(std::unique_ptr<State> state);

@@ -25,7 +25,6 @@ at::Tensor staging(at::IntArrayRef shape, at::ScalarType dtype, at::Device devic
 Batch::Batch(const Manifest& manifest, int64_t max_requests, int32_t scratch_row, at::Device device)
     : max_requests_(max_requests),
       start_token_(manifest.speech.start_token),
-      last_position_(manifest.speech.max_tokens),
       scratch_row_(scratch_row),
       tokens_(at::zeros({max_requests}, at::TensorOptions().dtype(at::kLong).device(device))),
       seen_(at::zeros({max_requests, manifest.speech.vocab_size}, at::TensorOptions().dtype(at::kByte).device(device))),

@@ -36,7 +36,7 @@ struct Job {
   std::optional<AlignmentAnalyzer> alignment;
 
   bool guided() const { return request.sampling.cfg_weight > 0; }
-  /// One call of vivace::sample does for it: no logits are edited and the draw is our own.
+  /// vivace::sample, or sample_advance, does for it: no logits are edited and the draw is our own.
   bool plain() const { return !alignment && request.sampling.rng == Rng::kPhilox; }
   bool exhausted() const { return done || issued >= limit; }
 };
@@ -70,7 +70,6 @@ class Batch {
 
   int64_t size() const { return static_cast<int64_t>(jobs_.size()); }
   bool empty() const { return jobs_.empty(); }
-  int64_t max_size() const { return max_requests_; }
   const std::vector<JobPtr>& jobs() const { return jobs_; }
   int64_t rows() const;  // of the next step, without padding
   bool plain() const;    // all requests are
@@ -94,7 +93,7 @@ class Batch {
   StepState state(int64_t first, int64_t n, int64_t m) const;
 
  private:
-  const int64_t max_requests_, start_token_, last_position_;
+  const int64_t max_requests_, start_token_;
   const int32_t scratch_row_;
   bool changed_ = true;
   std::vector<JobPtr> jobs_;

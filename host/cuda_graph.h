@@ -14,7 +14,7 @@ namespace vivace {
 /// What makes two decode steps the same graph: all else is read on the device.
 struct StepShape {
   int64_t requests, rows;
-  bool sampled;  // the step ends with vivace::sample; otherwise with the logits
+  bool sampled;  // the step ends with vivace::sample_advance; otherwise with the logits
   bool probes;   // it writes the alignment heads' attention
   bool fused;    // it goes through vivace::decode_step
   auto operator<=>(const StepShape&) const = default;

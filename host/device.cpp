@@ -1,14 +1,11 @@
 #include "host/device.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Context.h>
-#include <ATen/detail/CUDAHooksInterface.h>
 #include <sys/resource.h>
 
 #include <algorithm>
 #include <charconv>
 #include <fstream>
-#include <map>
 #include <mutex>
 #include <optional>
 #include <tuple>
@@ -40,6 +37,18 @@ std::string proc_value(const char* file, const std::string& key) {
   }
   return "";
 }
+
+#ifdef VIVACE_WITH_CUDA
+struct CudaMemory {
+  int64_t free, total;  // bytes
+};
+CudaMemory cuda_memory(c10::Device device) {
+  const c10::cuda::CUDAGuard guard(device);
+  size_t free = 0, total = 0;
+  C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  return {static_cast<int64_t>(free), static_cast<int64_t>(total)};
+}
+#endif
 
 }  // namespace
 
@@ -88,12 +97,7 @@ std::string device_name([[maybe_unused]] c10::Device device) {
 
 int64_t free_memory([[maybe_unused]] c10::Device device) {
 #ifdef VIVACE_WITH_CUDA
-  if (device.is_cuda()) {
-    const c10::cuda::CUDAGuard guard(device);
-    size_t free = 0, total = 0;
-    C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
-    return static_cast<int64_t>(free);
-  }
+  if (device.is_cuda()) return cuda_memory(device).free;
 #endif
   const std::string available = proc_value("/proc/meminfo", "MemAvailable");  // "123456 kB"
   int64_t kib = 0;
@@ -104,10 +108,8 @@ int64_t free_memory([[maybe_unused]] c10::Device device) {
 int64_t used_memory([[maybe_unused]] c10::Device device) {
 #ifdef VIVACE_WITH_CUDA
   if (device.is_cuda()) {
-    const c10::cuda::CUDAGuard guard(device);
-    size_t free = 0, total = 0;
-    C10_CUDA_CHECK(cudaMemGetInfo(&free, &total));
-    return static_cast<int64_t>(total - free);
+    const CudaMemory memory = cuda_memory(device);
+    return memory.total - memory.free;
   }
 #endif
   return 0;

@@ -21,7 +21,6 @@ InputFile::InputFile(const std::string& path) : path_(path) {
     throw FileError(path, "not a regular file");
   }
   size_ = static_cast<uint64_t>(status.st_size);
-  world_writable_ = (status.st_mode & S_IWOTH) != 0;
 }
 
 InputFile::~InputFile() { ::close(fd_); }

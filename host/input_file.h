@@ -19,7 +19,6 @@ class InputFile {
 
   const std::string& path() const noexcept { return path_; }
   uint64_t size() const noexcept { return size_; }
-  bool world_writable() const noexcept { return world_writable_; }
 
   /// Fills all of `buffer` from `offset` on; throws FileError where the file ends before.
   void read(uint64_t offset, std::span<std::byte> buffer) const;
@@ -27,7 +26,6 @@ class InputFile {
  private:
   std::string path_;
   uint64_t size_ = 0;
-  bool world_writable_ = false;
   int fd_ = -1;
 };
 

@@ -1,6 +1,5 @@
 #include "host/json.h"
 
-#include <cmath>
 #include <set>
 #include <utility>
 #include <vector>

@@ -122,7 +122,6 @@ Manifest parse_manifest(std::string_view text, const std::string& file) {
   manifest.producer = root["producer"].string();
   manifest.format = version(root["format"], kManifestFormat, file, manifest.producer);
   root["kind"].one_of({"t3"});
-  manifest.kind = "t3";
   manifest.operators = version(root["operators"], kOperatorsVersion, file, manifest.producer);
 
   manifest.torch = root["torch"].string();

@@ -49,7 +49,6 @@ struct Manifest {
   };
 
   int64_t format;
-  std::string kind;  // "t3"
   std::string producer;
   int64_t operators;
   std::string torch;

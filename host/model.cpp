@@ -16,6 +16,8 @@
 namespace vivace {
 namespace {
 
+/// The methods of the module, by their places in kMethods.
+enum Method : size_t { kEncodeVoice, kEmbedPrompt, kNewCache, kForward, kLogits, kDecode };
 constexpr std::array kMethods = {"encode_voice", "embed_prompt", "new_cache", "forward", "logits", "decode"};
 
 at::ScalarType scalar_type(const std::string& name, Manifest::Dtype exported) {
@@ -45,7 +47,7 @@ struct Model::Script {
   std::array<std::optional<torch::jit::Method>, kMethods.size()> methods;
 
   template <typename... Arguments>
-  c10::IValue call(size_t method, Arguments&&... arguments) {
+  c10::IValue call(Method method, Arguments&&... arguments) {
     // The optimiser flag belongs to the thread, so it is set for each call.
     const torch::jit::GraphOptimizerEnabledGuard no_optimizer(false);
     return (*methods[method])({c10::IValue(std::forward<Arguments>(arguments))...});
@@ -95,12 +97,12 @@ int64_t Model::cache_bytes_per_position() const {
 at::Tensor Model::encode_voice(const Voice& voice, float emotion) {
   const auto speaker = at::tensor(at::ArrayRef<float>(voice.speaker_emb)).unsqueeze(0).to(device_);
   const auto prompt = upload(voice.prompt_tokens, device_).unsqueeze(0);
-  return script_->call(0, speaker, prompt, static_cast<double>(emotion)).toTensor();
+  return script_->call(kEncodeVoice, speaker, prompt, static_cast<double>(emotion)).toTensor();
 }
 
 at::Tensor Model::embed_prompt(const at::Tensor& cond, const std::vector<int64_t>& text_tokens, bool drop_text) {
   const auto text = upload(text_tokens, device_);
-  return script_->call(1, cond, text, drop_text).toTensor();
+  return script_->call(kEmbedPrompt, cond, text, drop_text).toTensor();
 }
 
 std::pair<at::Tensor, at::Tensor> Model::new_cache(int64_t rows, int64_t capacity) {
@@ -113,22 +115,23 @@ std::pair<at::Tensor, at::Tensor> Model::new_cache(int64_t rows, int64_t capacit
     };
     return {one(), one()};
   }
-  const auto caches = script_->call(2, rows, capacity).toTuple();
+  const auto caches = script_->call(kNewCache, rows, capacity).toTuple();
   return {caches->elements()[0].toTensor(), caches->elements()[1].toTensor()};
 }
 
 at::Tensor Model::forward(const at::Tensor& x, const at::Tensor& k_cache, const at::Tensor& v_cache,
                           const at::Tensor& cache_seqlens, const at::Tensor& cache_rows, const at::Tensor& cu_seqlens,
                           int64_t max_seqlen, const std::optional<at::Tensor>& probes) {
-  return script_->call(3, x, k_cache, v_cache, cache_seqlens, cache_rows, cu_seqlens, max_seqlen, probes).toTensor();
+  return script_->call(kForward, x, k_cache, v_cache, cache_seqlens, cache_rows, cu_seqlens, max_seqlen, probes).toTensor();
 }
 
-at::Tensor Model::logits(const at::Tensor& hidden) { return script_->call(4, hidden).toTensor(); }
+at::Tensor Model::logits(const at::Tensor& hidden) { return script_->call(kLogits, hidden).toTensor(); }
 
 at::Tensor Model::decode(const at::Tensor& tokens, const at::Tensor& positions, const at::Tensor& row_request,
                          const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& cache_seqlens,
                          const at::Tensor& cache_rows, const std::optional<at::Tensor>& probes) {
-  return script_->call(5, tokens, positions, row_request, k_cache, v_cache, cache_seqlens, cache_rows, probes).toTensor();
+  return script_->call(kDecode, tokens, positions, row_request, k_cache, v_cache, cache_seqlens, cache_rows, probes)
+      .toTensor();
 }
 
 std::string brief(const std::exception& error) {

@@ -3,6 +3,7 @@
 #include <initializer_list>
 #include <utility>
 
+#include "host/text.h"
 #include "host/unicode.h"
 
 namespace vivace {
@@ -15,16 +16,6 @@ constexpr Replacement kReplacements[] = {
     {"...", ", "}, {"…", ", "}, {":", ","},  {" - ", ", "}, {";", ", "}, {"—", "-"},
     {"–", "-"},    {" ,", ","}, {"“", "\""}, {"”", "\""},   {"‘", "'"},  {"’", "'"},
 };
-
-std::string replace_all(const std::string& text, const Replacement& replacement) {
-  const auto& [from, to] = replacement;
-  std::string result;
-  size_t copied = 0;
-  for (size_t at; (at = text.find(from, copied)) != std::string::npos; copied = at + from.size()) {
-    result.append(text, copied, at - copied).append(to);
-  }
-  return result.append(text, copied);
-}
 
 bool ends_with_any(std::string_view text, std::initializer_list<std::string_view> enders) {
   for (const std::string_view ender : enders) {
@@ -61,7 +52,7 @@ std::string punc_norm(std::string_view text, PuncNorm variant) {
     result.append(text, begin, offset - begin);
   }
 
-  for (const Replacement& replacement : kReplacements) result = replace_all(result, replacement);
+  for (const auto& [from, to] : kReplacements) result = replace_all(result, from, to);
 
   result.erase(result.find_last_not_of(' ') + 1);
   const bool ended = ends_with_any(result, {".", "!", "?", "-", ","}) ||

@@ -27,12 +27,6 @@ constexpr DtypeBits kDtypes[] = {
     {"F4", 4},   {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"F8_E4M3", 8}, {"F8_E5M2", 8}, {"F8_E8M0", 8},
 };
 
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text.append(i == 0 ? "" : ", ").append(std::to_string(shape[i]));
-  return text + "]";
-}
-
 /// Bytes of a tensor; nothing when the product overflows or is not a whole number of bytes.
 std::optional<uint64_t> bytes_of(const std::vector<int64_t>& shape, int bits) {
   uint64_t total = static_cast<uint64_t>(bits);
@@ -71,7 +65,7 @@ Entry parse_entry(const std::string& name, const nlohmann::json& json, const std
     throw FileError(file, "tensor " + printable(name) + ": data_offsets [" + std::to_string(entry.begin) + ", " +
                               std::to_string(entry.end) + "], expected " +
                               (expected ? std::to_string(*expected) + " bytes" : "a size that fits 64 bits") + " for " +
-                              entry.view.dtype + " " + shape_text(entry.view.shape));
+                              describe(entry.view));
   }
   return entry;
 }
@@ -82,6 +76,12 @@ int safetensors_dtype_bits(std::string_view dtype) noexcept {
   const auto found =
       std::find_if(std::begin(kDtypes), std::end(kDtypes), [dtype](const DtypeBits& row) { return row.name == dtype; });
   return found == std::end(kDtypes) ? 0 : found->bits;
+}
+
+std::string describe(const SafetensorsView& view) {
+  std::string text = view.dtype + " [";
+  for (size_t i = 0; i < view.shape.size(); ++i) text.append(i == 0 ? "" : ", ").append(std::to_string(view.shape[i]));
+  return text + "]";
 }
 
 int64_t SafetensorsView::numel() const noexcept {

@@ -47,6 +47,9 @@ class Safetensors {
   std::map<std::string, std::string, std::less<>> metadata_;
 };
 
+/// "F32 [1, 256]"
+std::string describe(const SafetensorsView& view);
+
 /// Bits of one element of a safetensors dtype, 0 when unknown.
 int safetensors_dtype_bits(std::string_view dtype) noexcept;
 

@@ -3,8 +3,6 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
-#include <vector>
-
 namespace vivace {
 namespace {
 

@@ -27,10 +27,6 @@ struct Stats {
   int64_t weight_bytes = 0, cache_bytes = 0, workspace_bytes = 0;
   int64_t peak_memory_bytes = 0;    // CUDA: torch's peak on the device; CPU: the process' peak resident size
   int64_t device_memory_bytes = 0;  // CUDA: in use on the whole device now, other processes included
-
-  double tokens_per_second() const {
-    return decode_seconds > 0 ? static_cast<double>(generated_tokens) / decode_seconds : 0;
-  }
 };
 
 }  // namespace vivace

@@ -10,6 +10,7 @@
 #include "host/error.h"
 #include "host/json.h"
 #include "host/mapped_file.h"
+#include "host/text.h"
 #include "host/unicode.h"
 
 namespace vivace {
@@ -22,15 +23,6 @@ constexpr std::string_view kSpace = "[SPACE]";
 constexpr std::string_view kStart = "[START]";
 constexpr std::string_view kStop = "[STOP]";
 constexpr std::string_view kUnk = "[UNK]";
-
-std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
-  std::string result;
-  size_t copied = 0;
-  for (size_t at; (at = text.find(from, copied)) != std::string_view::npos; copied = at + from.size()) {
-    result.append(text.substr(copied, at - copied)).append(to);
-  }
-  return result.append(text.substr(copied));
-}
 
 /// Calls `word(text)` for each match of \w+|[^\w\s]+ in order.
 template <typename Word>
@@ -77,8 +69,11 @@ int32_t known_token(const Bpe& bpe, const std::string& token, const JsonValue& w
 Bpe parse_bpe(const JsonValue& model) {
   if (model.has("type")) model["type"].one_of({"BPE"});
   for (const char* key : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"}) {
+    if (!model.has(key)) continue;
+    const nlohmann::json& value = model[key].value();
     // An empty affix and a dropout of 0 change nothing, and exporters write them.
-    if (!model.has(key) || model[key].value() == "" || model[key].value() == 0) continue;
+    if (value.is_string() && value.get_ref<const std::string&>().empty()) continue;
+    if (value.is_number() && value.get<double>() == 0) continue;
     model[key].fail("null: not supported");
   }
   if (flag(model, "byte_fallback", false)) model["byte_fallback"].fail("false: not supported");

@@ -13,12 +13,6 @@ constexpr char kSpeaker[] = "t3.speaker_emb";
 constexpr char kPrompt[] = "t3.cond_prompt_speech_tokens";
 constexpr char kEmotion[] = "t3.emotion_adv";
 
-std::string describe(const SafetensorsView& view) {
-  std::string text = view.dtype + " [";
-  for (size_t i = 0; i < view.shape.size(); ++i) text.append(i == 0 ? "" : ", ").append(std::to_string(view.shape[i]));
-  return text + "]";
-}
-
 [[noreturn]] void fail(const Safetensors& file, const char* name, const std::string& came, const std::string& expected) {
   throw FileError(file.path(), std::string(name) + " is " + came + ", expected " + expected);
 }

@@ -26,6 +26,9 @@ class VoiceCache {
     at::Tensor embedding;  // (length, hidden)
     at::Tensor k, v;       // (layers, positions, heads_kv, head_dim) of an unconditional row; undefined: not kept
 
+    bool is_of(const Request& request) const {
+      return exaggeration == request.exaggeration && voice.lock() == request.voice;
+    }
     int64_t positions() const { return k.defined() ? k.size(1) : 0; }
     /// Positions of a row's prompt of `length`, of its voice, that need not be computed. The last two are always computed.
     int64_t known(bool unconditional, int64_t length) const;

@@ -39,8 +39,7 @@ inline double seconds_between(Clock::time_point from, Clock::time_point to) {
 struct Engine::Worker {
   explicit Worker(const EngineOptions& o) : options(o) {}
 
-  // ---- shared with the callers, under `mutex`
-  // -------------------------------------------------------------------------------------
+  // ---- shared with the callers, under `mutex` ---------------------------------------------------------------------------
   EngineOptions options;
   mutable std::mutex mutex;
   std::condition_variable work, done;  // for the worker; for wait()
@@ -74,21 +73,11 @@ struct Engine::Worker {
   at::Tensor probes;  // (alignment heads, rows, 1, capacity) fp32 of decode steps; undefined without alignment heads
   VoiceCache voices;
 
+  // worker.cpp
   /// The thread: loads, answers `ready`, steps until the engine stops.
   void main(std::promise<void>& ready);
-  void load();
-  void load_cache();
-  void warm_up();
   bool wait_for_work();
   void step();
-  void admit();
-  // prefill.cpp
-  struct Prompts;
-  void warm_up_prompts();
-  int64_t new_positions(const Job& job) const;
-  void prefill();
-  at::Tensor run_prompts(const Prompts& prompts, const std::optional<at::Tensor>& frames);
-  at::Tensor prompt_step(int64_t positions, int64_t rows);
   void decode();
   StepShape padded_shape(int64_t requests, int64_t rows, bool plain, bool aligned) const;
   at::Tensor run_step(const StepShape& shape);  // device work only: can be captured
@@ -97,6 +86,18 @@ struct Engine::Worker {
   void retire();
   void fail(const std::vector<JobPtr>& failed, const std::string& error);
   void finish(Job& job, FinishReason reason);  // under `mutex`
+  // load.cpp
+  void load();
+  void load_cache();
+  void warm_up();
+  // prefill.cpp
+  struct Prompts;
+  void warm_up_prompts();
+  int64_t new_positions(const Job& job) const;
+  void admit();
+  void prefill();
+  at::Tensor run_prompts(const Prompts& prompts, const std::optional<at::Tensor>& frames);
+  at::Tensor prompt_step(int64_t positions, int64_t rows);
 };
 
 }  // namespace vivace

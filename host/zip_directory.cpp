@@ -153,7 +153,6 @@ RawEntry take_entry(const InputFile& file, uint64_t at, std::span<const std::byt
 
   RawEntry raw{};
   raw.entry.name.assign(reinterpret_cast<const char*>(base) + kEntrySize, name_size);
-  raw.entry.crc = field<uint32_t>(base, 16);
   raw.entry.stored_size = field<uint32_t>(base, 20);
   raw.entry.size = field<uint32_t>(base, 24);
   raw.header_offset = field<uint32_t>(base, 42);

@@ -14,7 +14,6 @@ struct ZipEntry {
   uint64_t offset;       // of its bytes in the file, past its local header
   uint64_t stored_size;  // bytes in the file
   uint64_t size;         // bytes once decompressed
-  uint32_t crc;          // of the decompressed bytes
   bool deflated;
 };
 

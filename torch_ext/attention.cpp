@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "torch_ext/tensors.h"
+#include "torch_ext/attention_args.h"
 
 namespace vivace {
 namespace {
@@ -33,20 +33,11 @@ TwoTensors attention(const Tensor& q, const Tensor& k, const Tensor& v, std::opt
                      int64_t window_left, int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
                      const OptionalTensor& bias, const OptionalTensor& sinks, double dropout_p,
                      const OptionalTensor& rng_state) {
-  AttentionArgs a;
-  a.q = view(q, "q");
-  a.k = view(k, "k");
-  a.v = view(v, "v");
-  a.softmax_scale = softmax_scale;
-  a.causal = causal;
-  a.window_left = window_left;
-  a.window_right = window_right;
-  a.softcap = softcap;
-  a.alibi_slopes = view(alibi_slopes, "alibi_slopes");
+  AttentionArgs a = attention_args({view(q, "q"), view(k, "k"), view(v, "v")}, softmax_scale, causal, window_left,
+                                   window_right, softcap, alibi_slopes);
   a.bias = view(bias, "bias");
   a.sinks = view(sinks, "sinks");
-  a.dropout_p = dropout_p;
-  a.rng_state = view(rng_state, "rng_state");
+  set_dropout(a, dropout_p, rng_state);
   AttentionParams p = check_attention(a);
   return run(p, a.q);
 }
@@ -58,27 +49,15 @@ TwoTensors attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v, c
                             int64_t window_left, int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
                             const OptionalTensor& bias, const OptionalTensor& sinks, double dropout_p,
                             const OptionalTensor& rng_state) {
-  AttentionArgs a;
-  a.q = view(q, "q");
-  a.k = view(k, "k");
-  a.v = view(v, "v");
-  a.cu_seqlens_q = view(cu_seqlens_q, "cu_seqlens_q");
-  a.cu_seqlens_k = view(cu_seqlens_k, "cu_seqlens_k");
-  a.max_seqlen_q = max_seqlen_q;
-  a.max_seqlen_k = max_seqlen_k;
+  AttentionArgs a = attention_args({view(q, "q"), view(k, "k"), view(v, "v")}, softmax_scale, causal, window_left,
+                                   window_right, softcap, alibi_slopes);
+  set_sequences(a, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   a.seqused_q = view(seqused_q, "seqused_q");
   a.seqused_k = view(seqused_k, "seqused_k");
   a.block_table = view(block_table, "block_table");
-  a.softmax_scale = softmax_scale;
-  a.causal = causal;
-  a.window_left = window_left;
-  a.window_right = window_right;
-  a.softcap = softcap;
-  a.alibi_slopes = view(alibi_slopes, "alibi_slopes");
   a.bias = view(bias, "bias");
   a.sinks = view(sinks, "sinks");
-  a.dropout_p = dropout_p;
-  a.rng_state = view(rng_state, "rng_state");
+  set_dropout(a, dropout_p, rng_state);
   AttentionParams p = check_attention_varlen(a);
   return run(p, a.q);
 }
@@ -92,10 +71,8 @@ TwoTensors attention_with_kvcache(const Tensor& q, const Tensor& k_cache, const 
                                   int64_t window_left, int64_t window_right, double softcap,
                                   const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, bool rotary_interleaved,
                                   int64_t num_splits, const OptionalTensor& probe, int64_t probe_head) {
-  AttentionArgs a;
-  a.q = view(q, "q");
-  a.k = mutable_view(k_cache, "k_cache");
-  a.v = mutable_view(v_cache, "v_cache");
+  AttentionArgs a = attention_args({view(q, "q"), mutable_view(k_cache, "k_cache"), mutable_view(v_cache, "v_cache")},
+                                   softmax_scale, causal, window_left, window_right, softcap, alibi_slopes);
   a.k_new = view(k, "k");
   a.v_new = view(v, "v");
   a.cache_seqlens = view(cache_seqlens, "cache_seqlens");
@@ -106,12 +83,6 @@ TwoTensors attention_with_kvcache(const Tensor& q, const Tensor& k_cache, const 
   a.block_table = view(block_table, "block_table");
   a.cu_seqlens_q = view(cu_seqlens_q, "cu_seqlens_q");
   a.max_seqlen_q = max_seqlen_q;
-  a.softmax_scale = softmax_scale;
-  a.causal = causal;
-  a.window_left = window_left;
-  a.window_right = window_right;
-  a.softcap = softcap;
-  a.alibi_slopes = view(alibi_slopes, "alibi_slopes");
   a.sinks = view(sinks, "sinks");
   a.rotary_interleaved = rotary_interleaved;
   a.num_splits = num_splits;

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "torch_ext/tensors.h"
+#include "torch_ext/attention_args.h"
 
 namespace vivace {
 namespace {
@@ -25,20 +25,11 @@ ThreeTensors attention_backward(const Tensor& dout, const Tensor& q, const Tenso
                                 int64_t window_left, int64_t window_right, double softcap,
                                 const OptionalTensor& alibi_slopes, const OptionalTensor& bias, const OptionalTensor& sinks,
                                 double dropout_p, const OptionalTensor& rng_state, bool /*deterministic*/) {
-  AttentionArgs a;
-  a.q = view(q, "q");
-  a.k = view(k, "k");
-  a.v = view(v, "v");
-  a.softmax_scale = softmax_scale;
-  a.causal = causal;
-  a.window_left = window_left;
-  a.window_right = window_right;
-  a.softcap = softcap;
-  a.alibi_slopes = view(alibi_slopes, "alibi_slopes");
+  AttentionArgs a = attention_args({view(q, "q"), view(k, "k"), view(v, "v")}, softmax_scale, causal, window_left,
+                                   window_right, softcap, alibi_slopes);
   a.bias = view(bias, "bias");
   a.sinks = view(sinks, "sinks");
-  a.dropout_p = dropout_p;
-  a.rng_state = view(rng_state, "rng_state");
+  set_dropout(a, dropout_p, rng_state);
   return run("attention_backward", a, check_attention(a), dout, out, softmax_lse);
 }
 
@@ -48,22 +39,10 @@ ThreeTensors attention_varlen_backward(const Tensor& dout, const Tensor& q, cons
                                        std::optional<double> softmax_scale, bool causal, int64_t window_left,
                                        int64_t window_right, double softcap, const OptionalTensor& alibi_slopes,
                                        double dropout_p, const OptionalTensor& rng_state, bool /*deterministic*/) {
-  AttentionArgs a;
-  a.q = view(q, "q");
-  a.k = view(k, "k");
-  a.v = view(v, "v");
-  a.cu_seqlens_q = view(cu_seqlens_q, "cu_seqlens_q");
-  a.cu_seqlens_k = view(cu_seqlens_k, "cu_seqlens_k");
-  a.max_seqlen_q = max_seqlen_q;
-  a.max_seqlen_k = max_seqlen_k;
-  a.softmax_scale = softmax_scale;
-  a.causal = causal;
-  a.window_left = window_left;
-  a.window_right = window_right;
-  a.softcap = softcap;
-  a.alibi_slopes = view(alibi_slopes, "alibi_slopes");
-  a.dropout_p = dropout_p;
-  a.rng_state = view(rng_state, "rng_state");
+  AttentionArgs a = attention_args({view(q, "q"), view(k, "k"), view(v, "v")}, softmax_scale, causal, window_left,
+                                   window_right, softcap, alibi_slopes);
+  set_sequences(a, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
+  set_dropout(a, dropout_p, rng_state);
   return run("attention_varlen_backward", a, check_attention_varlen(a), dout, out, softmax_lse);
 }
 

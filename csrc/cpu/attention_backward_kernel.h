@@ -38,11 +38,6 @@ VIVACE_INLINE void score_gradients(const AttentionParams& p, const Sequence& s, 
 }
 
 template <typename T>
-VIVACE_INLINE void store_scaled(const float* from, int64_t width, float scale, T* to) {
-  for (int64_t d = 0; d < width; d += kLanes) store_first(to + d, load(from + d) * scale, width - d);
-}
-
-template <typename T>
 void attention_backward_head(const AttentionBackwardHead& task) {
   const AttentionBackwardParams& g = *task.params;
   const AttentionParams& p = g.forward;

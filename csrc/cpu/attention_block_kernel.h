@@ -19,14 +19,6 @@ VIVACE_INLINE void add_finite(int64_t count, const float* probabilities, const f
 }
 
 template <typename T>
-void store_row(const float* from, int64_t width, float scale, T* to) {
-  for (int64_t d = 0; d < width; d += kLanes) {
-    // scale is 0 for a row that saw nothing; then from is 0 too
-    store_first(to + d, load(from + d) * scale, width - d);
-  }
-}
-
-template <typename T>
 void attention_block(const AttentionBlock& task) {
   const AttentionParams& p = *task.params;
   const Sequence& s = *task.sequence;
@@ -93,7 +85,9 @@ void attention_block(const AttentionBlock& task) {
   for (int64_t r = 0; r < rows; ++r) {
     const ScoreRow row = score_row(p, s, task.kv_head, task.row_begin + r);
     const SoftmaxEnd end = softmax_end(p, row.head, largest[r], sum[r]);
-    store_row(out + r * value_width, p.head_dim_v, end.scale, out_base + row_offset(s, p.out_stride, row.query, row.head));
+    // end.scale is 0 for a row that saw nothing; then its values are 0 too
+    store_scaled(out + r * value_width, p.head_dim_v, end.scale,
+                 out_base + row_offset(s, p.out_stride, row.query, row.head));
     if (s.lse != nullptr) s.lse[row.head * s.lse_head_stride + row.query] = end.lse;
   }
 }

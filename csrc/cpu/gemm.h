@@ -90,6 +90,12 @@ VIVACE_INLINE void load_row(const T* row, int64_t width, int64_t padded_width, f
   for (; d < padded_width; d += kLanes) store(to + d, Vec{});
 }
 
+/// to[0 ... width - 1] = scale * from, which has room for whole vectors.
+template <typename T>
+VIVACE_INLINE void store_scaled(const float* from, int64_t width, float scale, T* to) {
+  for (int64_t d = 0; d < width; d += kLanes) store_first(to + d, load(from + d) * scale, width - d);
+}
+
 /// to (width, columns) = the transposition of `count` rows, row n at base + offsets[n]; columns past count are 0. columns is
 /// a multiple of kLanes.
 template <typename T>

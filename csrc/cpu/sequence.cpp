@@ -1,7 +1,6 @@
 #include "csrc/cpu/sequence.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "kernels/common/philox.h"

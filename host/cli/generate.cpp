@@ -89,7 +89,7 @@ std::vector<Line> read_input(const Options& options) {
 void tokenize(std::vector<Line>& lines, const Options& options, const Manifest& manifest) {
   if (!options.text_tokens.empty()) return;
   check(manifest.variant == Manifest::Variant::kEnglish, "generate",
-        "the model is multilingual, whose texts are tokenized by", " Chatterbox's Python package; give --text-tokens");
+        "the model is multilingual, whose texts are tokenized by Chatterbox's Python package; give --text-tokens");
   check(!options.tokenizer.empty(), "generate", "--tokenizer is missing: tokenizer.json of the checkpoint");
   const EnTokenizer tokenizer(options.tokenizer);
   check(tokenizer.tokenizer().vocab_size() <= manifest.text.vocab_size, "generate", "the tokenizer has ",

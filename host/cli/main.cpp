@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <string_view>
 
 #include "host/cli/cli.h"
 
@@ -48,6 +49,8 @@ int main(int argc, char** argv) {
   try {
     return commands.at(app.get_subcommands().front()->get_name())();
   } catch (const std::exception& error) {
+    // The operators' and the engine's own begin with "vivace.<who>: ".
+    if (std::string_view(error.what()).starts_with("vivace.")) logger->set_pattern("%^%v%$");
     spdlog::error("{}", error.what());
     return kFailed;
   }

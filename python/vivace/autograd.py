@@ -12,6 +12,7 @@ import contextvars
 import torch
 
 from vivace import torch_backward
+from vivace.torch_backward import last_contiguous
 
 _deterministic = contextvars.ContextVar("vivace_deterministic_backward", default=False)
 
@@ -92,7 +93,7 @@ def _attention_backward(ctx, dout, dlse):
         results = torch.ops.vivace.attention_recompute_backward(dout, dlse, q, k, v, *options)
         *grads[:3], grads[bias_at], grads[sinks_at] = results
     else:
-        grads[:3] = torch.ops.vivace.attention_backward(_rows_contiguous(dout), q, k, v, out, lse, *options)
+        grads[:3] = torch.ops.vivace.attention_backward(last_contiguous(dout), q, k, v, out, lse, *options)
     return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 
@@ -138,7 +139,7 @@ def _varlen_backward(ctx, dout, dlse):
         *grads[:3], _, grads[sinks_at] = results
     else:
         grads[:3] = torch.ops.vivace.attention_varlen_backward(
-            _rows_contiguous(dout), q, k, v, out, lse, cu_q, cu_k, *ctx.longest, *ctx.scalars, alibi_slopes, *tail
+            last_contiguous(dout), q, k, v, out, lse, cu_q, cu_k, *ctx.longest, *ctx.scalars, alibi_slopes, *tail
         )
     return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
@@ -147,11 +148,6 @@ def _needs(ctx, arguments):
     # The dispatcher leaves out trailing arguments that have their default values.
     needs = ctx.needs_input_grad
     return needs + (False,) * (arguments - len(needs))
-
-
-def _rows_contiguous(grad):
-    # Autograd hands in expanded gradients: of out.sum(), say, with stride 0.
-    return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
 def _rms_norm_setup(ctx, inputs, output):
@@ -185,7 +181,7 @@ def _rotary_backward(ctx, grad):
     cos, sin, positions = ctx.saved_tensors
     if any(ctx.needs_input_grad[1:3]):
         raise RuntimeError("vivace.rotary_embedding: cos and sin have no gradient; detach them")
-    dx = torch.ops.vivace.rotary_embedding(_rows_contiguous(grad), cos, -sin, positions, ctx.interleaved)
+    dx = torch.ops.vivace.rotary_embedding(last_contiguous(grad), cos, -sin, positions, ctx.interleaved)
     return dx, None, None, None, None
 
 

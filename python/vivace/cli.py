@@ -23,7 +23,9 @@ HOST_COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong usage."""
+    """Runs one command and returns its exit status: 0, 1 for a failure, 130 for Ctrl-C; some commands have more, which
+    their --help lists. Wrong usage raises SystemExit(2), as argparse does.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in HOST_COMMANDS:
         return run_host(argv)

@@ -21,6 +21,7 @@ _ops = torch.ops.vivace
 _attention = _ops.attention.default
 _attention_varlen = _ops.attention_varlen.default
 _attention_with_kvcache = _ops.attention_with_kvcache.default
+_attention_with_kvcache_now = getattr(_attention_with_kvcache, "_op", _attention_with_kvcache)  # what it calls, at once
 _NO_WINDOW = (-1, -1)
 
 
@@ -172,7 +173,8 @@ def attention_with_kvcache(
             append, and q at cache_seqlens + i if the call is causal or has a window, otherwise at cache_seqlens.
         rotary_sin: as rotary_cos.
         rotary_interleaved: pairs (2i, 2i + 1), as GPT-J; otherwise (i, i + rotary_dim / 2), as NeoX and Llama.
-        cache_batch_idx: int32 (batch,), the cache row of each batch entry; None: its own number.
+        cache_batch_idx: int32 (batch,), the cache row of each batch entry; None: its own number. Entries that append
+            have rows of their own.
         cache_leftpad: int32 (batch,), first valid key of each row.
         block_table: int32 (batch, max_pages).
         cu_seqlens_q: int32 (batch + 1,): q, k and v are packed one sequence after the other.
@@ -187,17 +189,16 @@ def attention_with_kvcache(
         out of q's layout with head_dim_v; with return_lse also float32 (batch, heads, seqlen_q) or (heads, total_q).
         Not differentiable.
     """
-    _no_gradient("attention_with_kvcache", q, k_cache, v_cache, k, v)
+    if torch.is_grad_enabled():
+        _no_gradient("attention_with_kvcache", q, k_cache, v_cache, k, v)
     if isinstance(cache_seqlens, int):
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
-    if k is None:
-        q = _last_contiguous(q)
-    elif not _all_contiguous(q, k, v):
+    compiling = torch.compiler.is_compiling()
+    if compiling or not (q.is_contiguous() and _contiguous_or_none(k) and _contiguous_or_none(v)):
         q, k, v = map(_last_contiguous, (q, k, v))
-    tensors = q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad
-    options = block_table, cu_seqlens_q, max_seqlen_q, softmax_scale, causal, *window_size
     # As in `attention`: what is as it is anyway is not handed over.
+    options = ()
     if not (
         probe is None
         and num_splits == 0
@@ -206,11 +207,36 @@ def attention_with_kvcache(
         and alibi_slopes is None
         and softcap == 0.0
     ):
-        options += softcap, alibi_slopes, sinks, rotary_interleaved, num_splits, probe, probe_head
-    elif window_size == _NO_WINDOW:
-        options = options[:-2]
-    out, lse = _attention_with_kvcache(*tensors, *options)
-    if k is not None:
+        options = *window_size, softcap, alibi_slopes, sinks, rotary_interleaved, num_splits, probe, probe_head
+    elif window_size != _NO_WINDOW:
+        options = window_size
+    if (
+        options
+        or causal
+        or softmax_scale is not None
+        or block_table is not None
+        or rotary_cos is not None
+        or rotary_sin is not None
+        or cache_batch_idx is not None
+        or cache_leftpad is not None
+        or cu_seqlens_q is not None
+        or max_seqlen_q != 0
+    ):
+        options = (
+            rotary_cos,
+            rotary_sin,
+            cache_batch_idx,
+            cache_leftpad,
+            block_table,
+            cu_seqlens_q,
+            max_seqlen_q,
+            softmax_scale,
+            causal,
+            *options,
+        )
+    op = _attention_with_kvcache if compiling else _attention_with_kvcache_now
+    out, lse = op(q, k_cache, v_cache, k, v, cache_seqlens, *options)
+    if k is not None and not compiling:
         _mutated(k_cache, v_cache)
     return (out, lse) if return_lse else out
 
@@ -571,6 +597,10 @@ def _all_contiguous(q, k, v):
         return q.stride(-1) == 1 and k.stride(-1) == 1 and v.stride(-1) == 1
     except (AttributeError, IndexError):
         return False
+
+
+def _contiguous_or_none(t):
+    return t is None or t.is_contiguous()
 
 
 def _last_contiguous(t):

@@ -86,7 +86,7 @@ def predict(
 
     A row holds the conditioning, the text with its start and stop, two start-of-speech positions and the tokens.
     """
-    rows = requests * (2 if guided else 1)
+    rows = rows_of(requests, guided)
     positions = shape.conditioning + text_tokens + 4 + tokens
     return Prediction(
         requests,
@@ -95,6 +95,15 @@ def predict(
         rows * positions * shape.kv_bytes_per_token,
         overhead.process + rows * overhead.row,
     )
+
+
+def rows_of(requests: int, guided: bool) -> int:
+    return requests * (2 if guided else 1)
+
+
+def aim(weights: float, kv: float) -> float:
+    """Bytes that a process should stay within: its weights, keys and values, a tenth of them, and 0.6 GB."""
+    return 1.1 * (weights + kv) + 0.6e9
 
 
 def largest_batch(limit: float, shape: Shape, tokens: int, **options) -> Prediction | None:

@@ -12,8 +12,6 @@ import logging
 import threading
 from typing import NamedTuple
 
-from vivace import library
-
 logger = logging.getLogger("vivace")
 
 #: What a user may ask for.
@@ -36,10 +34,6 @@ class Choice(NamedTuple):
 
     implementation: str  # "vivace", "sdpa" or "eager"
     reason: str  # one sentence: why not ours, or what allows ours
-
-    @property
-    def name(self) -> str:
-        return self.implementation
 
 
 def choose(device=None, dtype=None, wanted: str = "auto", *, head_dim: int | None = None) -> Choice:
@@ -141,6 +135,8 @@ def _why_not_this_gpu(index):
 
 @functools.lru_cache(maxsize=1)
 def _why_no_operators():
+    from vivace import library
+
     reason = library.unavailable_reason()
     if reason is not None:
         return f"the operators do not load: {reason}"

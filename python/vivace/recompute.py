@@ -81,12 +81,11 @@ def backward(
         for b in range(len(starts_q) - 1):
             rows = slice(starts_q[b], starts_q[b + 1] if used_q is None else starts_q[b] + used_q[b])
             keys = slice(starts_k[b], starts_k[b + 1] if used_k is None else starts_k[b] + used_k[b])
-            slopes = alibi_slopes[b : b + 1] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
             with torch.enable_grad():
                 sequence = [t[None, part] for t, part in zip(inputs, (rows, keys, keys), strict=True)]
             add(
                 *sequence,
-                slopes,
+                slopes_of(alibi_slopes, b),
                 None if dout is None else dout[None, rows],
                 None if dlse is None else dlse[None, :, rows],
                 b,
@@ -143,6 +142,11 @@ def attention(
         probs = probs * kept / (1.0 - dropout_p)
     out = torch.matmul(probs, v_heads).transpose(1, 2).to(q.dtype)
     return out, torch.where(seen, lse, -math.inf).squeeze(-1).to(torch.float32)
+
+
+def slopes_of(alibi_slopes, entry):
+    """ALiBi slopes of one batch entry: (1, heads) of (batch, heads); (heads,) and None serve every entry."""
+    return alibi_slopes[entry : entry + 1] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
 
 
 def masked_scores(

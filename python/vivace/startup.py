@@ -9,13 +9,11 @@ if the variable is set.
 A start must not fail, nor import torch: what goes wrong is a warning, and the program runs as without vivace.
 """
 
-import logging
 import os
 
 from vivace.imports import when_imported
+from vivace.policy import WANTED, logger
 
-logger = logging.getLogger("vivace")
-_WORDS = ("auto", "flash_attention_2", "sdpa", "eager")
 _started: set[str] = set()  # what has been arranged: Python may read the .pth of several directories
 
 
@@ -27,17 +25,13 @@ def start(value: str | None = None) -> None:
         if word in _started:
             continue
         _started.add(word)
-        if word in _WORDS:
+        if word in WANTED:
             when_imported("transformers.modeling_utils", lambda module, word=word: _enable(word))
             when_imported("chatterbox.models.t3.t3", lambda module, word=word: _chatterbox(word))
         elif word == "flash_attn":
             when_imported("torch", lambda module: _shim())
         elif word not in ("0", "off", "no", "none"):
-            logger.warning(
-                "vivace: VIVACE_ENABLE=%s has %r, expected auto, flash_attention_2, sdpa, eager or flash_attn",
-                value,
-                word,
-            )
+            logger.warning("vivace: VIVACE_ENABLE=%s has %r, expected %s or flash_attn", value, word, ", ".join(WANTED))
 
 
 def _enable(word):
@@ -55,8 +49,7 @@ def _chatterbox(word):
     except ImportError:
         return
     try:
-        if hasattr(chatterbox, "on_startup"):
-            chatterbox.on_startup(word)
+        chatterbox.on_startup(word)
     except Exception as error:
         logger.warning("vivace: VIVACE_ENABLE=%s: %s", word, error)
 

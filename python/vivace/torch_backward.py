@@ -71,6 +71,18 @@ def attention_varlen(
     return tuple(_zero_beyond(grad, end) for grad, end in zip(grads, ends, strict=True))
 
 
+def flash_lse(lse):
+    """The log-sum-exp as flash-attn's and torch's kernels have it: +inf in a row that sees no key, where ours is -inf,
+    the sum's true logarithm. Their backward computes exp(score - lse), which must be 0 there.
+    """
+    return lse.masked_fill(lse == -math.inf, math.inf)
+
+
+def last_contiguous(t):
+    """t, or a copy where its last dimension is not contiguous: autograd hands in gradients with strides of 0, say."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 def _zero_beyond(grad, end):
     rows = torch.arange(grad.shape[0], device=grad.device)
     return grad.masked_fill((rows >= end)[:, None, None], 0.0)
@@ -79,13 +91,12 @@ def _zero_beyond(grad, end):
 def _run(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale, causal, left, right, deterministic):
     head_dim = q.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
-    # exp(-inf - lse) must be 0 for a row that sees nothing; with lse = -inf it would be NaN.
-    lse = lse.masked_fill(lse == -math.inf, math.inf).contiguous()
+    lse = flash_lse(lse).contiguous()
     pad = -head_dim % _MULTIPLE
     tensors = dout, q, k, v, out
     if pad:
         tensors = tuple(F.pad(t, (0, pad)) for t in tensors)
-    dout, q, k, v, out = (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    dout, q, k, v, out = map(last_contiguous, tensors)
     unused = torch.zeros((2,), dtype=torch.uint64, device=q.device)  # dropout's state
     with _Deterministic(deterministic):
         dq, dk, dv = torch.ops.aten._flash_attention_backward(

@@ -9,14 +9,14 @@ compiled and in exported programs. Gradients are torch's flash backward on our o
 masks and ALiBi stay with torch's kernels.
 """
 
-import math
 import warnings
 
 import torch
 
+from vivace.torch_backward import flash_lse, last_contiguous
+
 NAME = "vivace"
 
-_OVERRIDDEN = ("_scaled_dot_product_flash_attention", "_flash_attention_forward")
 _originals: dict[str, object] = {}
 
 
@@ -54,7 +54,7 @@ def _activate() -> _Handle:
         "_scaled_dot_product_flash_attention": _scaled_dot_product_flash_attention,
         "_flash_attention_forward": _flash_attention_forward,
     }
-    for name in _OVERRIDDEN:
+    for name in functions:
         if name not in _originals:
             _originals[name] = torch.library.get_kernel(f"aten::{name}", "CUDA")
     library = torch.library.Library("aten", "IMPL", "CUDA")
@@ -73,10 +73,10 @@ def _scaled_dot_product_flash_attention(
         return _originals["_scaled_dot_product_flash_attention"].call_boxed(
             keyset, query, key, value, dropout_p, is_causal, return_debug_mask, scale=scale
         )
-    q, k, v = (_last_contiguous(t.transpose(1, 2)) for t in (query, key, value))
+    q, k, v = (last_contiguous(t.transpose(1, 2)) for t in (query, key, value))
     out, lse = torch.ops.vivace.attention(q, k, v, scale, is_causal)
     if query.requires_grad and is_causal and q.shape[1] > k.shape[1]:
-        lse = _flash_lse(lse)
+        lse = flash_lse(lse)
     return _like(out.transpose(1, 2), query), lse, None, None, q.shape[1], k.shape[1], *_unused(query)
 
 
@@ -121,7 +121,7 @@ def _flash_attention_forward(
             alibi_slopes=alibi_slopes,
         )
     left, right = (-1 if side is None else side for side in (window_size_left, window_size_right))
-    q, k, v = map(_last_contiguous, (query, key, value))
+    q, k, v = map(last_contiguous, (query, key, value))
     if dense:
         out, lse = torch.ops.vivace.attention(q, k, v, scale, is_causal, left, right)
     else:
@@ -130,7 +130,7 @@ def _flash_attention_forward(
             q, k, v, cu_q, cu_k, max_q, max_k, None, seqused_k, None, scale, is_causal, left, right
         )
     if query.requires_grad:
-        lse = _flash_lse(lse)
+        lse = flash_lse(lse)
     return _like(out, query), lse, *_unused(query)
 
 
@@ -151,17 +151,8 @@ def _like(out, query):
     return torch.empty_like(query).copy_(out)
 
 
-def _flash_lse(lse):
-    # torch's backward computes exp(score - lse): of a row that sees nothing it must be 0.
-    return lse.masked_fill(lse == -math.inf, math.inf)
-
-
 def _unused(query):
     """Dropout's seed and offset, and the debug mask: nothing reads them without dropout."""
     seed = torch.empty((2,), dtype=torch.uint64, device=query.device)
     offset = torch.empty((), dtype=torch.uint64, device=query.device)
     return seed, offset, query.new_empty(0)
-
-
-def _last_contiguous(t):
-    return t if t.stride(-1) == 1 else t.contiguous()

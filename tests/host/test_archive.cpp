@@ -1,7 +1,5 @@
 #include "host/archive.h"
 
-#include <sys/stat.h>
-
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -129,14 +127,6 @@ TEST_CASE("progress ends at the total and may end the digest by throwing") {
   });
   CHECK(last == sum);
   CHECK_THROWS_AS(archive.digest(4, [](uint64_t, uint64_t) { throw std::domain_error("cancelled"); }), std::domain_error);
-}
-
-TEST_CASE("a file that anyone may write is told") {
-  const TempFile file(zip_of(items(kManifestJson)));
-  ::chmod(file.path().c_str(), 0644);
-  CHECK_FALSE(Archive::open(file.path()).world_writable());
-  ::chmod(file.path().c_str(), 0666);
-  CHECK(Archive::open(file.path()).world_writable());
 }
 
 TEST_CASE("files that are no archive are named") {

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads of several workers would starve each other
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))  # `reference`
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "fixtures")]  # `reference`, `chatterbox_t3`
 if importlib.util.find_spec("vivace") is None:
     sys.path.insert(0, str(ROOT / "python"))
 
@@ -32,12 +32,20 @@ def why_no_gpu():
     return None
 
 
+def why_no_chatterbox():
+    """Why tests marked chatterbox cannot run here, or None."""
+    if importlib.util.find_spec("chatterbox") is None:
+        return "needs chatterbox-tts 0.1.7: .ci/setup test installs it"
+    return None
+
+
 def pytest_collection_modifyitems(items):
-    gpu = [item for item in items if "gpu" in item.keywords]
-    reason = why_no_gpu() if gpu else None
-    if reason is not None:
-        for item in gpu:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    for marker, look in (("gpu", why_no_gpu), ("chatterbox", why_no_chatterbox)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = look() if marked else None
+        if reason is not None:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -12,7 +12,7 @@ HIDDEN = 2048  # heads * head_dim of a forward cell
 DECODE_HIDDEN = 1024  # the same of a decode cell: T3's
 
 #: Fields of a cell that a list on the command line chooses by.
-CHOICES = ("op", "d", "s", "s_k", "mask", "window", "lengths", "rows", "kv", "heads", "heads_kv", "batch")
+CHOICES = ("op", "d", "s", "s_k", "mask", "window", "lengths", "rows", "kv", "page", "heads", "heads_kv", "batch")
 
 
 #: What a decode row calls these fields.
@@ -34,6 +34,7 @@ class Cell:
     heads_kv: int = 0
     rows: int = 0
     kv: int = 0
+    page: int = 0  # keys of a page of decode's cache; 0: a row's keys are in one piece
     lengths: str = ""  # of varlen: COUNTxMIN-MAX
     dtype: str = "bf16"
     bar: float | None = None  # vivace's rate over cuDNN's from which on it is the fastest known
@@ -52,7 +53,7 @@ class Cell:
         shape = {
             "forward": f"{self.mask} {self.batch}x{self.s}" + (f" over {self.s_k}" if self.s_k != self.s else ""),
             "varlen": f"{self.mask} {self.lengths}",
-            "decode": f"{self.rows} rows over {self.kv}",
+            "decode": f"{self.rows} rows over {self.kv}" + (f" in pages of {self.page}" if self.page else ""),
         }[self.op]
         window = f" window {self.window}" if self.window >= 0 else ""
         return f"{self.op} d{self.d} {self.heads}:{self.heads_kv} heads {shape}{window} {self.dtype}"
@@ -60,8 +61,8 @@ class Cell:
     def unused(self) -> tuple[str, ...]:
         """Fields that the operator does not have."""
         return {
-            "forward": ("rows", "kv", "lengths"),
-            "varlen": ("s", "s_k", "rows", "kv"),
+            "forward": ("rows", "kv", "page", "lengths"),
+            "varlen": ("s", "s_k", "rows", "kv", "page"),
             "decode": ("causal", "s", "s_k", "batch", "lengths", "window"),
             "overhead": tuple(asdict(self).keys() - {"op", "dtype"}),
         }[self.op]
@@ -120,7 +121,7 @@ def kv_bytes(cell: Cell) -> int:
 
 
 #: Flags that only one operator has: they say which is meant, where --op does not.
-TELLING = {"forward": ("s", "s_k", "batch"), "varlen": ("lengths",), "decode": ("rows", "kv")}
+TELLING = {"forward": ("s", "s_k", "batch"), "varlen": ("lengths",), "decode": ("rows", "kv", "page")}
 
 
 def default_ops(arguments: argparse.Namespace) -> list[str]:
@@ -152,8 +153,10 @@ def grid(arguments: argparse.Namespace, cpu: bool) -> Iterator[Cell]:
                             chosen("rows", [2] if cpu else [2, 16, 40, 128]),
                             chosen("kv", [64] if cpu else [512, 1024, 4096]),
                         )
-                        for r, n in itertools.product(rows, kv):
-                            yield Cell(op, rows=r, kv=n, **common)
+                        for page, r, n in itertools.product(chosen("page", [0]), rows, kv):
+                            if page and n % page:
+                                raise ValueError(f"vivace bench attention: page {page} does not divide kv {n}")
+                            yield Cell(op, rows=r, kv=n, page=page, **common)
                         continue
                     masks, windows = chosen("mask", ["full", "causal"]), chosen("window", [-1])
                     for mask, window in itertools.product(masks, windows):

@@ -1,4 +1,5 @@
-"""Chatterbox's own T3, measured in a process of its own: `python -m vivace.bench.chatterbox '{...}'` prints one object.
+"""Chatterbox's own T3 in a process of its own: `python -m vivace.bench.chatterbox` does its imports, prints a line,
+reads a job (JSON) from stdin and prints one object.
 
 Forms: "eager" and "sdpa" are its `inference` in fp32 as it is installed, with that attention; "compiled" is the same
 model in bf16 under torch.compile (reduce-overhead) with a static cache, sampled by the same processors in the same
@@ -200,4 +201,6 @@ def measure(job: dict) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    import_t3()
+    print("ready", flush=True)
+    print(json.dumps(measure(json.load(sys.stdin))))

@@ -23,6 +23,19 @@ def summarise(samples: Sequence[float]) -> dict:
     return {"median": median, "q1": q1, "q3": q3, "min": ordered[0], "n": len(ordered)}
 
 
+def timed(samples: Sequence[float], name: str, factor: float = 1.0) -> dict:
+    """What every row says of its samples in seconds: NAME, NAME_q1, NAME_q3, NAME_min (each times ``factor``), samples,
+    and spread_percent, the distance of the quartiles over the median.
+    """
+    summary = summarise(samples)
+    found = {
+        name + ("" if key == "median" else f"_{key}"): significant(summary[key] * factor, 5)
+        for key in ("median", "q1", "q3", "min")
+    }
+    spread = 100 * (summary["q3"] - summary["q1"]) / summary["median"]
+    return found | {"samples": summary["n"], "spread_percent": significant(spread, 3)}
+
+
 def significant(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
@@ -56,23 +69,14 @@ def row(cell: Cell, work: float, ours: Sequence[float], peers: dict[str, tuple[s
         peer us_NAME, tflops_NAME or gbps_NAME, layout_NAME, ratio_NAME (above 1: vivace is faster); best, the fastest
         peer, and ratio_best.
     """
-    summary = summarise(ours)
-    own = summary["median"]
-    figures = {
-        f"us{'' if name == 'median' else '_' + name}": significant(summary[name] * 1e6, 5)
-        for name in ("median", "q1", "q3", "min")
-    }
-    figures |= {
-        "samples": summary["n"],
-        "spread_percent": significant(100 * (summary["q3"] - summary["q1"]) / own, 3),
-    }
-    figures |= rate(cell, work, own)
+    own = statistics.median(ours)
+    figures = timed(ours, "us", 1e6) | rate(cell, work, own)
     read = max(ceilings.get("copy_gb_s", 0), ceilings.get("read_gb_s", 0))
     if "tflops" in figures and ceilings.get("matmul_tflops"):
         figures["percent_matmul"] = significant(100 * figures["tflops"] / ceilings["matmul_tflops"], 3)
     if "gbps" in figures and read:
         figures["percent_read"] = significant(100 * figures["gbps"] / read, 3)
-    medians = {name: summarise(samples)["median"] for name, (_, samples) in peers.items()}
+    medians = {name: statistics.median(samples) for name, (_, samples) in peers.items()}
     for name, seconds in medians.items():
         figures[f"us_{name}"] = significant(seconds * 1e6, 5)
         figures |= {f"{key}_{name}": value for key, value in rate(cell, work, seconds).items()}

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from vivace import plan
 from vivace.bench import chatterbox, figures, machine, memory, process, run, tensors
+from vivace.bench.arguments import GENERATE_PEERS
 from vivace.bench.models import Model, prepare
 
+#: Of plan.TEXT_TOKENS tokens in the demo's tokenizer, as many as Chatterbox's own T3 gets here.
 TEXT = (
     "The lighthouse keeper had counted every ship that passed since the spring, and tonight, as the fog rolled in over "
-    "the harbour, he counted one more."
+    "the harbour and the bells of the town began to ring, he counted one more."
 )
 TOKENS_A_SECOND = 25  # of speech
 BATCHES = (1, 2, 5, 10, 20, 64)
@@ -56,7 +58,11 @@ def execute(arguments: argparse.Namespace) -> int:
     described = "files" if arguments.models else shape
     cases = [GenerateCase(n, tokens, arguments.cfg_weight, described) for n in batches(arguments, cpu, tokens)]
     with tempfile.TemporaryDirectory(prefix="vivace-bench-") as folder:
-        return GenerateBench(arguments, device, cases, shape, Path(executable).resolve(), Path(folder)).execute()
+        bench = GenerateBench(arguments, device, cases, shape, Path(executable).resolve(), Path(folder))
+        try:
+            return bench.execute()
+        finally:
+            bench.close()
 
 
 def batches(arguments: argparse.Namespace, cpu: bool, tokens: int) -> list[int]:
@@ -93,13 +99,14 @@ class GenerateBench(run.Bench):
         self.models: list[Model] = []
         self.unusable: dict[str, str] = {}
         chosen = arguments.peers
-        self.peers = [name for name in (chosen or ("eager", "sdpa", "compiled")) if name != "none"]
+        forms = [name for name in (chosen or GENERATE_PEERS) if name != "none"]
         if device == "cpu" and chosen is None:
-            self.peers = [name for name in self.peers if name != "compiled"]  # compiling takes a minute there
-        if self.peers and (reason := chatterbox.available()):
-            self.peers = []
+            forms.remove("compiled")  # which takes a minute there
+        if forms and (reason := chatterbox.available()):
+            forms = []
             if chosen is not None:
                 self.notes.append(f"no peers: {reason}")
+        self.peers = [process.Chatterbox(form, shape, plan.TEXT_TOKENS) for form in forms]
 
     def failed(self) -> bool:
         """A model that cannot be measured leaves the others alone; a run without any figures has failed."""
@@ -125,26 +132,36 @@ class GenerateBench(run.Bench):
         found = machine.ceilings(self.device, torch.bfloat16 if self.device == "cuda" else torch.float32)
         if self.device == "cuda":
             torch.cuda.empty_cache()
+        peers = list(dict.fromkeys(peer for case in self.cases for peer in self.peers_of(case)))
+        for peer in peers:  # side by side, so that their imports are not waited for one by one
+            peer.start()
         files = {"tokenizer": self.arguments.tokenizer, "voice": self.arguments.voice}
         self.models, failed = prepare(
             self.arguments.models, self.folder, self.shape, self.dtype(), self.arguments.seed, files
         )
         self.unusable = failed
         self.note_all(f"{name} is not measured: {reason}" for name, reason in failed.items())
+        for peer in peers:
+            peer.wait_until_ready()
         return found
 
-    def forms(self, case: GenerateCase) -> list[str]:
+    def close(self) -> None:
+        """Ends the processes that are not needed any more."""
+        for peer in self.peers:
+            peer.close()
+
+    def peers_of(self, case: GenerateCase) -> list[process.Chatterbox]:
         """The peers that take the case: they know one guided request at once."""
         return self.peers if case.requests == 1 and case.cfg_weight > 0 else []
 
     def candidates(self, case: GenerateCase) -> list:
         found = [process.Engine(self.executable, model.archive, model.tokenizer, model.voice) for model in self.models]
-        return found + [process.Chatterbox(form, self.shape, plan.TEXT_TOKENS) for form in self.forms(case)]
+        return found + self.peers_of(case)
 
     def weight(self, case: GenerateCase) -> float:
         """A batch of 64 takes three times as long as one request; a peer, with its imports, as long as four."""
         models = max(1, len(self.arguments.models))
-        return models * (1 + case.requests / 32) + 4 * len(self.forms(case))
+        return models * (1 + case.requests / 32) + 4 * len(self.peers_of(case))
 
     def work(self, case: GenerateCase, candidate, alone: bool) -> process.Workload:
         peer = isinstance(candidate, process.Chatterbox)
@@ -213,12 +230,18 @@ class GenerateBench(run.Bench):
             yield {"implementation": "vivace", "model": name, "error": reason}
 
     def planned(self, case: GenerateCase, row: dict) -> dict:
-        """What `vivace plan` says about the process, beside what was measured."""
+        """What follows from the model's shape: the positions that a row of the cache has, the memory that the process
+        should stay within, and what `vivace plan` says of it, beside what was measured.
+        """
         manifest = next(model.manifest for model in self.models if model.name == row["model"])
         width = plan.model_shape(manifest).kv_bytes_per_token
         found = {"kv_bytes_per_token": width}
+        if "cache_bytes" in row:
+            found["positions"] = row["cache_bytes"] // (width * plan.rows_of(case.requests, case.cfg_weight > 0))
         if row.get("vram_peak_gib") and "weight_bytes" in row:
             found["plan_gib"] = round(plan.predict_row(case.key() | row | found) / memory.GIB, 3)
+            if "cache_bytes" in row:
+                found["vram_aim_gib"] = round(plan.aim(row["weight_bytes"], row["cache_bytes"]) / memory.GIB, 3)
             found["plan_error_percent"] = figures.significant(100 * (found["plan_gib"] / row["vram_peak_gib"] - 1), 3)
         return found
 
@@ -227,24 +250,17 @@ def generate_row(measured: list[tuple[list[dict], dict]], requests: int, max_tok
     """The figures of one candidate, over the runs of all its processes.
 
     Returns:
-        tokens, seconds (s from submission to the end, of all requests), seconds_q1, seconds_q3, samples,
-        spread_percent, tokens_per_s, rtf (seconds of speech a second), first_token_ms, ms_per_step, memory, and what
+        tokens, seconds (s from submission to the end, of all requests) and what `figures.timed` says with it,
+        tokens_per_s, rtf (seconds of speech a second), first_token_ms, ms_per_step, memory, and what
         the process said.
     """
     runs = [one for some, _ in measured for one in some]
     facts = measured[-1][1]
-    summary = figures.summarise([one["seconds"] for one in runs])
     tokens = statistics.median(one["tokens"] for one in runs)
-    seconds = summary["median"]
-    row = {
-        "max_tokens": max_tokens,
-        "tokens": int(tokens),
-        "short": tokens < requests * max_tokens,
-        "seconds": figures.significant(seconds, 5),
-        "seconds_q1": figures.significant(summary["q1"], 5),
-        "seconds_q3": figures.significant(summary["q3"], 5),
-        "samples": summary["n"],
-        "spread_percent": figures.significant(100 * (summary["q3"] - summary["q1"]) / seconds, 3),
+    seconds = statistics.median(one["seconds"] for one in runs)
+    row = {"max_tokens": max_tokens, "tokens": int(tokens), "short": tokens < requests * max_tokens}
+    row |= figures.timed([one["seconds"] for one in runs], "seconds")
+    row |= {
         "tokens_per_s": figures.significant(tokens / seconds, 5),
         "rtf": figures.significant(tokens / TOKENS_A_SECOND / seconds, 4),
         "first_token_ms": figures.significant(1e3 * statistics.median(one["first_token_seconds"] for one in runs)),

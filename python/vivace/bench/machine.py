@@ -14,9 +14,6 @@ import torch
 from vivace import __version__
 from vivace.bench import timing
 from vivace.bench.figures import significant
-from vivace.bench.machine_facts import differences
-
-__all__ = ["ClockWatch", "ceilings", "clock_facts", "differences", "facts"]
 
 FACTS = {"driver": "driver_version", "power_limit_w": "power.limit", "clock_max_mhz": "clocks.max.sm"}
 WATCHED = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_event_reasons.active")

@@ -1,11 +1,13 @@
 """Named sets of cells. No torch."""
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
 from vivace.bench.cells import HIDDEN, TOKENS, Cell, grid
 
+PAGE = 128  # keys
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 #: The best of cuDNN, flash-attn 3 and flash-attn 4 over cuDNN in the same run, by d, mask and length: measured on one
@@ -39,7 +41,7 @@ def cells(arguments: argparse.Namespace, cpu: bool) -> list[Cell]:
     return list(dict.fromkeys(every))
 
 
-GRID_FLAGS = ("d", "s", "s_k", "mask", "window", "lengths", "rows", "kv", "heads", "heads_kv", "batch")
+GRID_FLAGS = ("d", "s", "s_k", "mask", "window", "lengths", "rows", "kv", "page", "heads", "heads_kv", "batch")
 
 
 def square(d: int, mask: str, s: int, **fields) -> Cell:
@@ -53,10 +55,10 @@ def h200() -> Iterator[Cell]:
     for (d, mask), bars in BARS.items():
         for s, bar in zip(LENGTHS, bars, strict=True):
             yield square(d, mask, s, bar=bar)
-    for d, heads, heads_kv in ((64, 16, 16), (128, 32, 8)):
+    for page, (d, heads, heads_kv) in itertools.product((0, PAGE), ((64, 16, 16), (128, 32, 8))):
         for rows in (2, 16, 40, 128):
             for kv in (512, 1024, 4096):
-                yield Cell("decode", d=d, heads=heads, heads_kv=heads_kv, rows=rows, kv=kv)
+                yield Cell("decode", d=d, heads=heads, heads_kv=heads_kv, rows=rows, kv=kv, page=page)
     yield Cell("overhead")
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,23 +37,27 @@ class Workload:
     device: str
 
 
-def run(command: list[str], used, input: str = "", environment: dict | None = None) -> tuple[dict, dict]:
-    """Runs a candidate; returns what it printed (one JSON object) and its memory.
-
-    Raises:
-        Failed: it ended with an error. KeyboardInterrupt: the process is ended first.
-    """
-    memory.wait_until_settled(used)
-    watch = memory.Watch(used)
-    process = subprocess.Popen(
+def start(command: list[str], environment: dict | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        start_new_session=True,  # Ctrl-C is for the run; it ends this one below
+        start_new_session=True,  # Ctrl-C is for the run, which ends this one
     )
+
+
+def run(start: Callable[[], subprocess.Popen], used, input: str = "") -> tuple[dict, dict]:
+    """Runs a candidate that ``start`` starts, or has started; returns the JSON object that it printed last, its memory.
+
+    Raises:
+        Failed: it ended with an error. KeyboardInterrupt: the process is ended first.
+    """
+    memory.wait_until_settled(used)
+    watch = memory.Watch(used)
+    process = start()
     watch.start(process.pid)
     try:
         out, errors = process.communicate(input, timeout=LIMIT_SECONDS)
@@ -89,7 +94,7 @@ class Engine:
 
     def options(self) -> frozenset[str]:
         """Options of its `generate`, for those that not every version has."""
-        return generate_options(self.executable, os.pathsep.join((self.environment()["LD_LIBRARY_PATH"],)))
+        return generate_options(self.executable, self.environment()["LD_LIBRARY_PATH"])
 
     def run(self, work: Workload, used) -> tuple[list[dict], dict]:
         """The measured runs (seconds, tokens, first_token_seconds, ...) and what is the same in all of them."""
@@ -103,7 +108,7 @@ class Engine:
                 command += [flag, str(value)]
         if "--ignore-stop" in known:
             command.append("--ignore-stop")
-        answer, found = run(command, used, "\n".join([work.text] * work.requests), self.environment())
+        answer, found = run(lambda: start(command, self.environment()), used, "\n".join([work.text] * work.requests))
         return engine_runs(answer), found | engine_facts(answer)
 
 
@@ -139,19 +144,43 @@ def engine_facts(answer: dict) -> dict:
     return found | {"load_seconds": stats["load_seconds"], "output": [r["tokens"] for r in results]}
 
 
-@dataclass(frozen=True)
 class Chatterbox:
     """Chatterbox's own T3 with random weights, in one of its forms; one guided request."""
 
-    form: str
-    shape: str
-    text_tokens: int
+    def __init__(self, form: str, shape: str, text_tokens: int):
+        self.form = form
+        self.shape = shape
+        self.text_tokens = text_tokens
+        self.started: subprocess.Popen | None = None
 
     @property
     def name(self) -> str:
         return f"Chatterbox {self.form}"
 
+    def start(self) -> None:
+        """Starts the process of the next run: it imports what it needs and leaves the GPU alone until then."""
+        command = [sys.executable, "-W", "ignore", "-m", "vivace.bench.chatterbox"]
+        self.started = start(command, python_environment())
+
+    def wait_until_ready(self) -> None:
+        """Until it has done its imports, or has ended."""
+        self.started.stdout.readline()
+
+    def close(self) -> None:
+        """Ends a process that was started and not used."""
+        if self.started is not None:
+            self.started.kill()
+            self.started.communicate()
+            self.started = None
+
+    def take(self) -> subprocess.Popen:
+        if self.started is None:
+            self.start()
+        process, self.started = self.started, None
+        return process
+
     def run(self, work: Workload, used) -> tuple[list[dict], dict]:
+        """As `Engine.run`."""
         job = {
             "form": self.form,
             "shape": self.shape,
@@ -163,13 +192,16 @@ class Chatterbox:
             "seed": work.seed,
             "device": work.device,
         }
-        command = [sys.executable, "-W", "ignore", "-m", "vivace.bench.chatterbox", json.dumps(job)]
-        package = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "PYTHONPATH": path}
-        environment.pop("VIVACE_ENABLE", None)  # a peer that runs on vivace is none
-        answer, found = run(command, used, environment=environment)
+        answer, found = run(self.take, used, json.dumps(job))
         return answer.pop("runs"), found | answer
+
+
+def python_environment() -> dict:
+    """Of a Python process that measures a peer: it finds this package, and does not run on vivace."""
+    package = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+    environment.pop("VIVACE_ENABLE", None)
+    return environment
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from vivace.bench import timing
 from vivace.bench.timing import Call, Sampler
 
 SECONDS = 20e-3  # a sample lasts about this long
@@ -13,18 +14,8 @@ MOST = 40  # steps in it
 
 def replay_sampler(call: Call, warmup: int) -> Sampler:
     """Seconds of one step: replays of a CUDA graph of one call, back to back, between two events."""
-    with torch.cuda.stream(torch.cuda.current_stream()), call.context():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(max(warmup, 1)):
-                call.function()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        gc.collect()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call.function()
+    gc.collect()  # what was measured before holds memory in cycles, which a capture must not free
+    graph = timing.capture(call, warmup, 1)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample(steps):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from vivace.bench import machine, output, timing
+from vivace.bench import machine, machine_facts, output, timing
 from vivace.bench.arguments import FORMATS
 from vivace.bench.progress import Progress
 
@@ -114,7 +114,7 @@ class Bench:
         wanted = {self.identity(case) for case in self.cases}
         settings = self.settings()
         for row in rows:
-            different = machine.differences(row, self.facts, strict=True)
+            different = machine_facts.differences(row, self.facts, strict=True)
             different += [
                 f"{name} {row.get(name)}, now {value}" for name, value in settings.items() if row.get(name) != value
             ]

@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 
 from vivace.bench import figures, machine, replay, run, step_compile, step_peers, step_state, subject, tensors, timing
+from vivace.bench.arguments import STEP_PEERS
 from vivace.bench.timing import Call
 from vivace.t3.config import preset
 
@@ -59,9 +61,9 @@ class StepBench(run.Bench):
     def __init__(self, arguments: argparse.Namespace, device: str, wanted: list[StepCase]):
         super().__init__(arguments, device, wanted)
         chosen = arguments.peers
-        self.peers = [
-            name for name in (chosen or (["eager"] if device == "cpu" else ["compile", "eager"])) if name != "none"
-        ]
+        self.peers = [name for name in (chosen or STEP_PEERS) if name != "none"]
+        if device == "cpu" and chosen is None:
+            self.peers.remove("compile")  # which takes a minute there
         if self.peers and (reason := step_peers.missing()):
             self.peers = []
             if chosen is not None:
@@ -124,7 +126,7 @@ class StepBench(run.Bench):
         samples, failed = take_turns(calls, self.device, self.arguments.repetitions, self.arguments.warmup)
         errors |= {name: why for (kind, name), why in failed.items() if kind == "peer"}
         self.note_all(f"{name} was not measured at {case.rows} rows: {why}" for name, why in errors.items())
-        floor = min((figures.summarise(s)["median"] for (k, _), s in samples.items() if k == "read"), default=None)
+        floor = min((statistics.median(s) for (k, _), s in samples.items() if k == "read"), default=None)
         peers = {name: s for (kind, name), s in samples.items() if kind == "peer"}
         if "compile" in peers and self.device == "cuda":
             step_compile.mark(self.compile_job(case)[0])
@@ -200,18 +202,9 @@ def step_row(size: int, ours: list[float], floor: float | None, peers: dict[str,
         ms, ms_q1, ms_q3, ms_min, samples, spread_percent, mb, gbps, percent_read; floor_ms and floor_ratio; ms_NAME and
         ratio_NAME of each peer (above 1: vivace is faster); peer, peer_ms and ratio_best of the fastest.
     """
-    summary = figures.summarise(ours)
-    own = summary["median"]
-    row = {
-        f"ms{'' if name == 'median' else '_' + name}": figures.significant(summary[name] * 1e3, 5)
-        for name in ("median", "q1", "q3", "min")
-    }
-    row |= {
-        "samples": summary["n"],
-        "spread_percent": figures.significant(100 * (summary["q3"] - summary["q1"]) / own, 3),
-        "mb": round(size / 1e6, 1),
-        "gbps": figures.significant(size / own / 1e9),
-    }
+    own = statistics.median(ours)
+    row = figures.timed(ours, "ms", 1e3)
+    row |= {"mb": round(size / 1e6, 1), "gbps": figures.significant(size / own / 1e9)}
     rates = [facts.get("copy_gb_s", 0), facts.get("read_gb_s", 0)]
     if floor is not None:
         row |= {
@@ -222,7 +215,7 @@ def step_row(size: int, ours: list[float], floor: float | None, peers: dict[str,
         rates.append(row["floor_gbps"])
     if max(rates):
         row["percent_read"] = figures.significant(100 * row["gbps"] / max(rates), 3)
-    medians = {name: figures.summarise(samples)["median"] for name, samples in peers.items() if samples}
+    medians = {name: statistics.median(samples) for name, samples in peers.items() if samples}
     for name, seconds in medians.items():
         row |= {f"ms_{name}": figures.significant(seconds * 1e3), f"ratio_{name}": figures.significant(seconds / own)}
     if medians:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from vivace.bench.process import python_environment
+
 CORES_EACH = 3  # most of the time one is busy; kernels are compiled by more
 BYTES_BESIDES = 4e9  # of a process: CUDA context, weights, workspaces
 LIMIT_SECONDS = 300
@@ -34,8 +36,7 @@ def compile_ahead(jobs: Sequence[tuple[dict, float]]) -> None:
     waiting = sorted((item for item in waiting if item[1] < free), key=lambda item: -item[1])
     if len(waiting) < 2 or cores < 2 * CORES_EACH:
         return
-    environment = {**os.environ, "PYTHONPATH": package_path()}
-    environment.pop("VIVACE_ENABLE", None)
+    environment = python_environment()
     running: list[tuple[subprocess.Popen, float]] = []
     deadline = time.monotonic() + LIMIT_SECONDS
     try:
@@ -88,11 +89,6 @@ def start(job: dict, environment: dict) -> subprocess.Popen:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for the run; it ends this one above
     )
-
-
-def package_path() -> str:
-    package = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
 
 
 @torch.no_grad()

@@ -34,10 +34,11 @@ def own_call(cell: Cell, inputs: Inputs, arch: str) -> Call:
     q, k, v = inputs.q, inputs.k, inputs.v
     function: Callable
     if cell.op == "decode":
-        lengths = inputs.cache_seqlens
+        lengths, table = inputs.cache_seqlens, inputs.block_table
+        k, v = inputs.pages or (k, v)
 
         def function():
-            return ops.attention_with_kvcache(q, k, v, cache_seqlens=lengths)
+            return ops.attention_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table)
     elif cell.op == "varlen":
         ends, longest = inputs.cu_seqlens, max(inputs.lengths)
 

@@ -9,7 +9,7 @@ from vivace import plan
 COLUMNS = {
     "forward": ("d", "mask", "s", "s_k*", "window*", "batch*", "heads*", "heads_kv*", "dtype*", "arch*"),
     "varlen": ("d", "mask", "lengths", "window*", "heads", "heads_kv*", "dtype*", "arch*"),
-    "decode": ("d", "hq", "hkv*", "rows", "s", "kv_mb", "in_l2*", "dtype*", "arch*"),
+    "decode": ("d", "hq", "hkv*", "rows", "s", "page*", "kv_mb", "in_l2*", "dtype*", "arch*"),
     "overhead": ("call", "from*", "dtype*", "arch*"),
     "step": ("rows", "requests*", "tokens", "model*", "shape*", "dtype*", "arch*", "path*"),
     "generate": ("requests", "implementation", "model*", "cfg_weight*", "max_tokens*", "dtype*"),
@@ -37,6 +37,7 @@ TITLES = {
 #: Heading and row key of generate's figures, and digits behind the point.
 GENERATE = (
     ("tokens", "tokens", 0),
+    ("positions", "positions", 0),
     ("tokens/s", "tokens_per_s", 0),
     ("x real time", "rtf", 1),
     ("ms a step", "ms_per_step", 3),
@@ -45,6 +46,7 @@ GENERATE = (
     ("steady GiB", "vram_steady_gib", 2),
     ("peak RSS GiB", "rss_peak_gib", 2),
     ("planned GiB", "plan_gib", 2),
+    ("aim GiB", "vram_aim_gib", 2),
 )
 
 
@@ -185,6 +187,7 @@ def cell_text(row: dict, name: str) -> str:
     if (name == "s_k" and value == row.get("s")) or (name, value) in (
         ("heads_kv", row.get("heads")),
         ("hkv", row.get("hq")),
+        ("page", 0),
     ):
         return ""
     if isinstance(value, bool):

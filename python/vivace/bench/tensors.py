@@ -26,6 +26,8 @@ class Inputs:
     lengths: tuple[int, ...] = ()  # of varlen
     cu_seqlens: torch.Tensor | None = None  # int32 (batch + 1,), of varlen
     cache_seqlens: torch.Tensor | None = None  # int32 (rows,), of decode
+    pages: tuple[torch.Tensor, torch.Tensor] | None = None  # k and v as (pages, page, heads_kv, d), of decode in pages
+    block_table: torch.Tensor | None = None  # int32 (rows, kv / page), of the same
 
 
 def make_inputs(cell: Cell, device: str, seed: int) -> Inputs:
@@ -49,17 +51,32 @@ def make_inputs(cell: Cell, device: str, seed: int) -> Inputs:
             cu_seqlens=ends.to(device, torch.int32),
         )
     if cell.op == "decode":
-        return Inputs(
+        made = Inputs(
             normal(cell.rows, 1, cell.heads, cell.d),
             normal(cell.rows, cell.kv, cell.heads_kv, cell.d),
             normal(cell.rows, cell.kv, cell.heads_kv, cell.d),
             cache_seqlens=torch.full((cell.rows,), cell.kv, dtype=torch.int32, device=device),
         )
+        return in_pages(made, cell, generator) if cell.page else made
     return Inputs(
         normal(cell.batch, cell.s, cell.heads, cell.d),
         normal(cell.batch, cell.s_k, cell.heads_kv, cell.d),
         normal(cell.batch, cell.s_k, cell.heads_kv, cell.d),
     )
+
+
+def in_pages(inputs: Inputs, cell: Cell, generator: torch.Generator) -> Inputs:
+    """The same keys and values also in pages, which lie in a random order, as after many requests."""
+    order = torch.randperm(cell.rows * (cell.kv // cell.page), generator=generator, device=inputs.k.device)
+
+    def scattered(t):
+        pages = torch.empty(len(order), cell.page, *t.shape[2:], device=t.device, dtype=t.dtype)
+        pages[order] = t.view_as(pages)
+        return pages
+
+    inputs.pages = scattered(inputs.k), scattered(inputs.v)
+    inputs.block_table = order.to(torch.int32).view(cell.rows, -1)
+    return inputs
 
 
 def hash_of(tensor: torch.Tensor) -> str:

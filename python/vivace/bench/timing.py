@@ -65,18 +65,7 @@ def event_sampler(call: Call, warmup: int) -> Sampler:
 
 def graph_sampler(call: Call, warmup: int) -> Sampler:
     """Seconds of a call inside a CUDA graph of MOST_CALLS of them."""
-    # The outer stream context: a capture that fails leaves its own stream as the current one.
-    with torch.cuda.stream(torch.cuda.current_stream()), call.context():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(max(warmup, 1)):
-                call.function()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(MOST_CALLS):
-                call.function()
+    graph = capture(call, warmup, MOST_CALLS)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample():
@@ -89,6 +78,23 @@ def graph_sampler(call: Call, warmup: int) -> Sampler:
     sample()
     sample()
     return sample
+
+
+def capture(call: Call, warmup: int, count: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``count`` calls, after at least one on another stream."""
+    # The outer stream context: a capture that fails leaves its own stream as the current one.
+    with torch.cuda.stream(torch.cuda.current_stream()), call.context():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(max(warmup, 1)):
+                call.function()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(count):
+                call.function()
+    return graph
 
 
 def host_sampler(call: Call, warmup: int) -> Sampler:

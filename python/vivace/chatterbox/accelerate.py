@@ -202,12 +202,3 @@ def _check_options(options: dict[str, Any]) -> None:
         value = options[name]
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"vivace.accelerate: {name} is {value!r}, expected a positive number or None")
-
-
-def accelerated_t3(model: Any) -> tuple[nn.Module, Session]:
-    """T3 and session of a model that must be accelerated."""
-    t3 = find_t3(model)
-    session = session_of(t3)
-    if session is None:
-        raise ValueError("vivace: the model is not accelerated: vivace.accelerate(model) first")
-    return t3, session

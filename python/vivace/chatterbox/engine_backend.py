@@ -48,10 +48,9 @@ class EngineBackend:
     Args:
         capacity: positions of a row of the KV cache.
         max_requests: generating at once.
-        fixed: these were asked for: what needs more is an error.
+        fixed_capacity, fixed_requests: that one was asked for: a request that needs more is an error, and more requests
+            than that wait for each other.
     """
-
-    name = "engine"
 
     def __init__(
         self,

@@ -10,9 +10,6 @@ class Parking:
     def __init__(self):
         self._parked: list[tuple[Tensor, torch.device, Tensor]] = []
 
-    def __len__(self) -> int:
-        return len(self._parked)
-
     @property
     def bytes(self) -> int:
         return sum(kept.nbytes for _, _, kept in self._parked)

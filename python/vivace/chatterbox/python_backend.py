@@ -45,7 +45,7 @@ class PythonBackend:
 
 
 class OperatorBackend(PythonBackend):
-    name = "operators"
+    """On vivace's T3 module."""
 
     def __init__(self, t3: nn.Module, config: T3Config, *, device: torch.device, dtype: torch.dtype, aligned: bool):
         super().__init__(t3, config, device=device, dtype=dtype, aligned=aligned)
@@ -68,7 +68,7 @@ class OperatorBackend(PythonBackend):
 
 
 class LlamaBackend(PythonBackend):
-    name = "transformers"
+    """On T3's own module."""
 
     def rows(self, request: Request) -> Any:
         from vivace.chatterbox.llama_rows import LlamaRows

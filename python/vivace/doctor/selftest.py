@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from vivace.doctor.attempt import first_line
+
 _SECONDS = 10.0
 
 
@@ -61,7 +63,7 @@ def run(name: str, test: Callable[..., float], device: str, dtype: Any) -> dict[
         if not error <= limit:  # NaN fails too
             result["error"] = f"differs from torch by {error:.3g}, expected at most {limit:g}"
     except Exception as error:
-        result["error"] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        result["error"] = first_line(error)
     return result
 
 
@@ -104,7 +106,6 @@ def test_attention_with_kvcache(device: str, dtype: Any) -> float:
     out = ops.attention_with_kvcache(
         q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths, cache_batch_idx=rows, causal=True
     )
-    out = out[0] if isinstance(out, tuple) else out
     worst = 0.0
     for i, (length, row) in enumerate(zip(lengths.tolist(), rows.tolist(), strict=True)):
         worst = max(worst, float((k_cache[row, length] - k[i, 0]).abs().max()))

@@ -3,7 +3,6 @@
 Random weights; Chatterbox's own T3 where it is installed, else vivace's.
 """
 
-import contextlib
 import importlib.util
 import time
 from typing import Any
@@ -56,11 +55,14 @@ def _memory(device: Any) -> dict[str, Any]:
 def _build(state: dict[str, Any]) -> dict[str, Any]:
     """Chatterbox's T3 of the wanted shape, with weights as its constructor draws them."""
     import torch
-    from chatterbox.models.t3.t3 import T3, T3Config
+    from chatterbox.models.t3 import t3 as module
+
+    from vivace.bench.chatterbox import sized
+    from vivace.t3 import preset
 
     device = _device()
-    with _shape(state["shape"]):
-        t3 = T3(T3Config.english_only()).to(device).eval()
+    with sized(module, preset(state["shape"])):
+        t3 = module.T3(module.T3Config.english_only()).to(device).eval()
     state |= {"t3": t3, "device": device}
     parameters = sum(p.numel() for p in t3.parameters())
     dtype = next(t3.tfmr.parameters()).dtype
@@ -72,33 +74,6 @@ def _build(state: dict[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         **_memory(device),
     }
-
-
-@contextlib.contextmanager
-def _shape(shape: str) -> Any:
-    """Chatterbox's sizes are constants of its modules; "tiny" changes them while a T3 is built."""
-    from chatterbox.models.t3 import llama_configs
-    from chatterbox.models.t3.modules.perceiver import Perceiver
-
-    if shape == "real":
-        yield
-        return
-    sizes = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-    }
-    config = llama_configs.LLAMA_CONFIGS["Llama_520M"]
-    before, defaults = dict(config), Perceiver.__init__.__defaults__
-    config.update(sizes)
-    Perceiver.__init__.__defaults__ = (32, 128, 128, 4)
-    try:
-        yield
-    finally:
-        config.update(before)
-        Perceiver.__init__.__defaults__ = defaults
 
 
 def _cond(state: dict[str, Any]) -> Any:

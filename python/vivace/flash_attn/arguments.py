@@ -1,7 +1,6 @@
 """Arguments as flash-attn takes them, made into ours."""
 
 import contextlib
-import math
 
 import torch
 
@@ -26,11 +25,6 @@ def pair(window_size) -> tuple[int, int]:
 
 def softcap_of(value) -> float:
     return 0.0 if value is None else float(value)
-
-
-def flash_lse(lse: torch.Tensor) -> torch.Tensor:
-    """A row that sees nothing has the log-sum-exp +inf in flash-attn; ours is -inf, the sum's true logarithm."""
-    return lse.masked_fill(lse == -math.inf, math.inf)
 
 
 def backward_mode(deterministic: bool, *tensors: torch.Tensor):

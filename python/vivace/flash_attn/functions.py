@@ -7,8 +7,9 @@ head_dim, a page may have any size, and tensors may be on the CPU, there also in
 import torch
 
 from vivace import ops
-from vivace.flash_attn.arguments import backward_mode, check_dtype, flash_lse, pair, softcap_of
+from vivace.flash_attn.arguments import backward_mode, check_dtype, pair, softcap_of
 from vivace.flash_attn.probabilities import s_dmask
+from vivace.torch_backward import flash_lse
 
 
 def flash_attn_func(

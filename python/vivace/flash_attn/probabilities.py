@@ -12,17 +12,8 @@ def s_dmask(q, k, lse, softmax_scale, causal, window, softcap, alibi_slopes, dro
     """q's dtype, (batch, heads, seqlen_q, seqlen_k) with both lengths rounded up to 128. Its scaling is the
     softmax's.
     """
-    batch, seqlen_q, heads, _ = q.shape
-    seqlen_k = k.shape[1]
-    with torch.no_grad():
-        scores = recompute.masked_scores(q, k, softmax_scale, causal, *window, softcap, alibi_slopes)
-        seen = torch.isfinite(lse)[..., None]
-        probabilities = torch.where(seen, torch.exp(scores - torch.where(seen, lse[..., None], 0.0)), 0.0)
-        kept = recompute.dropout_mask(rng_state, batch, heads, seqlen_q, seqlen_k, dropout_p)
-        signed = torch.where(kept, probabilities, -probabilities).to(q.dtype)
-        # A dropped probability of 0 shall be negative too.
-        signed = torch.where(kept | (signed != 0), signed, torch.full_like(signed, -0.0))
-        return F.pad(signed, (0, -seqlen_k % _MULTIPLE, 0, -seqlen_q % _MULTIPLE))
+    signed = _signed(q, k, lse, softmax_scale, causal, window, softcap, alibi_slopes, dropout_p, rng_state)
+    return F.pad(signed, (0, -k.shape[1] % _MULTIPLE, 0, -q.shape[1] % _MULTIPLE))
 
 
 def s_dmask_varlen(
@@ -33,21 +24,25 @@ def s_dmask_varlen(
     batch = len(starts_q) - 1
     rounded = (n + -n % _MULTIPLE for n in (max_q, max_k))
     result = q.new_zeros((batch, q.shape[1], *rounded))
-    with torch.no_grad():
-        for b in range(batch):
-            rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
-            if rows.stop == rows.start or keys.stop == keys.start:
-                continue
-            slopes = alibi_slopes[b : b + 1] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
-            scores = recompute.masked_scores(
-                q[None, rows], k[None, keys], softmax_scale, causal, *window, softcap, slopes
-            )
-            row_lse = lse[None, :, rows, None]
-            seen = torch.isfinite(row_lse)
-            probabilities = torch.where(seen, torch.exp(scores - torch.where(seen, row_lse, 0.0)), 0.0)
-            kept = recompute.dropout_mask(rng_state, 1, q.shape[1], *scores.shape[2:], dropout_p, first_batch=b)
-            signed = torch.where(kept, probabilities, -probabilities).to(q.dtype)
-            result[b, :, : scores.shape[2], : scores.shape[3]] = torch.where(
-                kept | (signed != 0), signed, torch.full_like(signed, -0.0)
-            )[0]
+    options = softmax_scale, causal, window, softcap
+    for b in range(batch):
+        rows, keys = slice(starts_q[b], starts_q[b + 1]), slice(starts_k[b], starts_k[b + 1])
+        if rows.stop == rows.start or keys.stop == keys.start:
+            continue
+        slopes = recompute.slopes_of(alibi_slopes, b)
+        signed = _signed(q[None, rows], k[None, keys], lse[None, :, rows], *options, slopes, dropout_p, rng_state, b)
+        result[b, :, : signed.shape[2], : signed.shape[3]] = signed[0]
     return result
+
+
+@torch.no_grad()
+def _signed(q, k, lse, softmax_scale, causal, window, softcap, alibi_slopes, dropout_p, rng_state, first_batch=0):
+    """q's dtype, (batch, heads, seqlen_q, seqlen_k); first_batch: number of q's first batch entry in the whole call."""
+    scores = recompute.masked_scores(q, k, softmax_scale, causal, *window, softcap, alibi_slopes)
+    row_lse = lse[..., None]
+    seen = torch.isfinite(row_lse)
+    probabilities = torch.where(seen, torch.exp(scores - torch.where(seen, row_lse, 0.0)), 0.0)
+    kept = recompute.dropout_mask(rng_state, *scores.shape, dropout_p, first_batch)
+    signed = torch.where(kept, probabilities, -probabilities).to(q.dtype)
+    # A dropped probability of 0 shall be negative too.
+    return torch.where(kept | (signed != 0), signed, torch.full_like(signed, -0.0))

@@ -1,9 +1,10 @@
 """flash-attn's functions of packed sequences of different lengths, over our operators; signatures of version 2.8."""
 
 from vivace import ops
-from vivace.flash_attn.arguments import backward_mode, check_dtype, flash_lse, pair, softcap_of
+from vivace.flash_attn.arguments import backward_mode, check_dtype, pair, softcap_of
 from vivace.flash_attn.functions import _check_packed
 from vivace.flash_attn.probabilities import s_dmask_varlen
+from vivace.torch_backward import flash_lse
 
 
 def flash_attn_varlen_func(

@@ -56,6 +56,8 @@ def bar_series(rows: list[dict]) -> list[Series]:
 
 
 def decode(rows: list[dict], found: list[Table]) -> Figure | None:
+    in_one_piece = [row for row in rows if not row.get("page")]  # as all the peers have it
+    rows = in_one_piece or rows
     if len({row["kv_mb"] for row in rows}) < 2:
         return None
     kinds = list(dict.fromkeys((row["d"], row["hq"], row["hkv"]) for row in rows))

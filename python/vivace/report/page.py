@@ -7,6 +7,7 @@ from vivace.bench.output import fact_text, plain
 from vivace.bench.tables import Table
 from vivace.report import style
 from vivace.report.figures import Figure, figures, heads
+from vivace.report.svg import size
 
 NOUNS = {"generate": "Generation", "step": "Token step", "forward": "Attention", "decode": "Decode attention"}
 MARGIN = 20  # pixels around a standalone figure
@@ -88,8 +89,7 @@ def standalone(svg: str, theme: str | None = None) -> str:
 
 def pad(head: str, margin: int = MARGIN) -> str:
     """The opening tag of an SVG with a margin around its picture."""
-    size = [float(head.partition(f' {side}="')[2].partition('"')[0]) for side in ("width", "height")]
-    wide, high = (value + 2 * margin for value in size)
+    wide, high = (value + 2 * margin for value in size(head))
     start, _, rest = head.partition(' viewBox="')
     rest = rest.partition('"')[2].partition(' height="')[2].partition('"')[2]
     box = f'viewBox="{-margin} {-margin} {wide:g} {high:g}" width="{wide:g}" height="{high:g}"'

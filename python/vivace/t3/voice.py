@@ -1,10 +1,12 @@
 """Voices: Chatterbox's conds.pt to safetensors, and random ones for demos and tests."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vivace.t3.config import T3Config
@@ -30,7 +32,7 @@ def convert_voice(path: str | Path, output: str | Path) -> dict[str, Tensor]:
         CheckpointError: the file is damaged, or a tensor is missing or misshapen.
     """
     voice = check_voice(read_voice(Path(path)), str(path))
-    save_file(voice, str(output), metadata=METADATA)
+    _write(voice, Path(output))
     return voice
 
 
@@ -46,8 +48,17 @@ def write_random_voice(
         PROMPT: torch.randint(T3Config.first_invalid_speech_token, (1, prompt_tokens), generator=generator),
         EMOTION: torch.full((1, 1, 1), 0.5),
     }
-    save_file(voice, str(output), metadata=METADATA)
+    _write(voice, Path(output))
     return voice
+
+
+def _write(voice: dict[str, Tensor], output: Path) -> None:
+    """Whole or not at all, also over the file that the tensors came from, and with the permissions of any new file:
+    those of safetensors' save_file (0.8) only their owner may read."""
+    with tempfile.TemporaryDirectory(prefix=".vivace-", dir=output.parent) as folder:
+        written = Path(folder) / output.name
+        written.write_bytes(save(voice, metadata=METADATA))
+        os.replace(written, output)
 
 
 def read_voice(path: Path) -> dict[str, Tensor]:

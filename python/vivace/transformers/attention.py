@@ -167,7 +167,7 @@ class _Call:
                 causal=window[1] == 0,
                 **options,
             )
-        return self._unpadded(ops, q, k, v, window, **options)
+        return self._unpadded(ops, q, window, **options)
 
     def _dense(self, ops, q, k, v, window, bias, **options):
         causal = window[1] == 0
@@ -190,7 +190,7 @@ class _Call:
         )
         return out.view(*q.shape[:2], *out.shape[1:])
 
-    def _unpadded(self, ops, q, k, v, window, **options):
+    def _unpadded(self, ops, q, window, **options):
         """A padded batch with gradients: its tokens are packed, and its padding gives 0."""
         batch, queries = q.shape[:2]
         rows, cu_seqlens, longest = self.plan.key_rows()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vivace import cli, t3
+from vivace import cli, plan, t3
 from vivace.bench import chatterbox, generate, models, process, tables
 
 PROGRAM = """\
@@ -28,6 +28,7 @@ PROGRAM = """\
     first = [0.01 * (i + 1) for i in range(len(lines))]
     results = [dict(tokens=[1] * tokens, prompt_tokens=50, time_to_first_token=seconds) for seconds in first]
     stats = dict(dtype="bfloat16", device="cpu", decode_steps=10, decode_seconds=0.02, weight_bytes=1000)
+    stats["cache_bytes"] = 2 * len(lines) * (50 + tokens) * 2 * 4 * 2 * 64 * 4  # the tiny model's: fp32, 2 heads of 64
     stats["load_seconds"] = 1.0
     answer = dict(results=results, seconds=2.0, stats=stats)
     if "--repeat" in given:
@@ -84,6 +85,18 @@ def test_figures_follow_from_the_runs(fake, bench):
     assert row["tokens_per_s"] == 75 and row["rtf"] == 3.0  # 6 s of speech in 2 s
     assert row["first_token_ms"] == 20 and row["ms_per_step"] == 2.0 and row["prompt_tokens"] == 50
     assert row["hash"] and row["rss_peak_gib"] >= 0 and "output" not in row
+    assert row["positions"] == 100  # of each of its six rows
+
+
+def test_memory_is_held_against_the_plan_and_the_aim(fake, bench, monkeypatch):
+    fake()
+    readings = iter([0, 0, 0])  # before the process: settled, then the base; 1 GiB from then on
+    monkeypatch.setattr(generate.memory, "gpu_memory", lambda device: lambda: next(readings, 2**30))
+    row = bench("--batch", "3", "--max-tokens", "50", "-r", "1")[1][0]
+    held = row["cache_bytes"]
+    assert row["vram_peak_gib"] == 1.0 and held == 6 * row["positions"] * row["kv_bytes_per_token"]
+    assert row["vram_aim_gib"] == pytest.approx((1.1 * (row["weight_bytes"] + held) + 0.6e9) / 2**30, abs=1e-3)
+    assert row["plan_error_percent"] == pytest.approx(100 * (row["plan_gib"] - 1), abs=0.1)
 
 
 def test_the_table_has_the_spread_of_several_samples(fake, bench):
@@ -195,6 +208,9 @@ def test_a_cpu_runs_it_on_a_tiny_model_and_says_so(bench):
         assert row["shape"] == "tiny" and 0 < row["tokens"] <= 6 * row["requests"] and row["device"] == "cpu"
         assert row["first_token_ms"] > 0 and row["rtf"] > 0 and row["rss_peak_gib"] > 0.05
         assert "vram_peak_gib" not in row
+        # The text is as long as Chatterbox's own T3 gets, and what the planner expects.
+        assert row["prompt_tokens"] == plan.Shape.conditioning + plan.TEXT_TOKENS + 4
+        assert row["positions"] == row["prompt_tokens"] + row["max_tokens"]
     again = bench("--batch", "1", "--max-tokens", "6", "-r", "1", "--warmup", "2")[1]
     assert again[0]["hash"] == rows[0]["hash"]
 
@@ -212,6 +228,26 @@ def test_chatterboxs_own_t3_is_measured_beside_it(capsys, quick_ceilings):
     assert peer["ratio_vivace"] == pytest.approx(own["tokens_per_s"] / peer["tokens_per_s"], rel=1e-3)
 
 
+def test_a_peers_process_waits_for_its_job_and_is_ended_where_there_is_none(monkeypatch):
+    script = "import sys; print('ready', flush=True); print('{\"runs\": [], \"job\": ' + sys.stdin.read() + '}')"
+    command = [sys.executable, "-c", script]
+    monkeypatch.setattr(process, "start", lambda _, environment, start=process.start: start(command, environment))
+    work = process.Workload(1, 8, 0.5, "", 2, 1, 0, "cpu")
+    peer = process.Chatterbox("sdpa", "tiny", 5)
+    peer.start()
+    peer.wait_until_ready()
+    ahead = peer.started
+    assert ahead.poll() is None
+    runs, found = peer.run(work, None)
+    assert ahead.returncode == 0 and runs == [] and found["job"]["form"] == "sdpa" and found["job"]["max_tokens"] == 8
+    assert peer.run(work, None)[1]["job"] == found["job"]  # by a process of its own
+    peer.start()
+    ahead = peer.started
+    peer.close()
+    assert ahead.returncode != 0 and peer.started is None
+    peer.close()
+
+
 def test_a_process_that_is_interrupted_is_ended(monkeypatch, tmp_path):
     note = tmp_path / "pid"
     script = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
@@ -223,6 +259,6 @@ def test_a_process_that_is_interrupted_is_ended(monkeypatch, tmp_path):
 
     monkeypatch.setattr(process.subprocess.Popen, "communicate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        process.run([sys.executable, "-c", script], None)
+        process.run(lambda: process.start([sys.executable, "-c", script]), None)
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)

@@ -71,6 +71,13 @@ def test_key_heads_that_do_not_divide_the_heads_are_an_error():
         list(cells.grid(arguments("--heads", "8", "--heads-kv", "3"), cpu=False))
 
 
+def test_pages_that_do_not_divide_the_keys_are_an_error():
+    found = list(cells.grid(arguments("--rows", "2", "--kv", "64", "--page", "0,16", "--d", "64"), cpu=False))
+    assert [c.page for c in found] == [0, 16] and "in pages of 16" in found[1].title() and found[1].key()["page"] == 16
+    with pytest.raises(ValueError, match="page 48 does not divide kv 64"):
+        list(cells.grid(arguments("--rows", "2", "--kv", "64", "--page", "48"), cpu=False))
+
+
 def test_without_flags_a_gpu_runs_the_h200_preset_and_a_cpu_a_small_grid():
     assert presets.cells(arguments(), cpu=False) == list(presets.h200())
     small = presets.cells(arguments(), cpu=True)
@@ -81,7 +88,9 @@ def test_without_flags_a_gpu_runs_the_h200_preset_and_a_cpu_a_small_grid():
 def test_the_h200_preset_has_the_cells_and_bars_of_the_published_table():
     found = presets.cells(arguments("--preset", "h200"), cpu=False)
     forward = [c for c in found if c.op == "forward"]
-    assert len(forward) == 24 and len([c for c in found if c.op == "decode"]) == 24
+    decode = [c for c in found if c.op == "decode"]
+    assert len(forward) == 24 and [c.page for c in decode] == [0] * 24 + [presets.PAGE] * 24
+    assert all(c.kv % presets.PAGE == 0 for c in decode)
     assert all(c.batch * c.s == 16384 and c.heads * c.d == 2048 and c.s_k == c.s for c in forward)
     bars = {(c.d, c.mask, c.s): c.bar for c in forward}
     assert bars[64, "full", 512] == 1.00 and bars[128, "causal", 2048] == 1.21 and bars[64, "full", 16384] == 1.19
@@ -91,7 +100,8 @@ def test_lists_choose_among_a_presets_cells():
     found = presets.cells(arguments("--preset", "h200", "--op", "forward", "--d", "128", "--mask", "causal"), cpu=False)
     assert [(c.d, c.mask, c.s) for c in found] == [(128, "causal", s) for s in presets.LENGTHS]
     decode = presets.cells(arguments("--preset", "h200", "--op", "decode", "--rows", "16", "--kv", "1024"), cpu=False)
-    assert [(c.d, c.rows, c.kv) for c in decode] == [(64, 16, 1024), (128, 16, 1024)]
+    assert [(c.d, c.rows, c.kv) for c in decode] == [(64, 16, 1024), (128, 16, 1024)] * 2
+    assert {c.page for c in decode} == {0, presets.PAGE}
     shaped = presets.cells(arguments("--preset", "h200", "--rows", "16"), cpu=False)
     assert {c.op for c in shaped} == {"forward", "decode"}
     with pytest.raises(ValueError, match="no cell of the preset"):

@@ -33,6 +33,7 @@ CELLS = [
     forward(causal=True, heads=4, heads_kv=2),
     Cell("varlen", d=16, causal=True, batch=3, heads=2, heads_kv=2, lengths="3x2-9", dtype="fp32"),
     Cell("decode", d=16, heads=4, heads_kv=2, rows=3, kv=10, dtype="fp32"),
+    Cell("decode", d=16, heads=4, heads_kv=2, rows=3, kv=32, page=16, dtype="fp32"),
 ]
 
 

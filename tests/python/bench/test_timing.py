@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from vivace.bench import machine, progress, timing
+from vivace.bench import machine, progress, replay, timing
 from vivace.bench.timing import Call
 
 
@@ -122,6 +122,14 @@ def test_a_graph_of_twenty_calls_gives_the_time_of_one(monkeypatch):
     before = gpu.now
     assert sampler() == pytest.approx(3e-6)
     assert gpu.now - before == pytest.approx(20 * 3e-6)
+
+
+def test_a_replayed_step_gives_its_own_time(monkeypatch):
+    gpu = FakeGpu(monkeypatch, 2e-3)
+    sampler = replay.replay_sampler(Call(gpu.call), warmup=1)
+    before = gpu.now
+    assert sampler() == pytest.approx(2e-3)
+    assert gpu.now - before == pytest.approx(replay.SECONDS)
 
 
 def test_throttling_is_read_from_what_nvidia_smi_said_while_busy():

@@ -11,11 +11,12 @@ pytestmark = pytest.mark.chatterbox
 @pytest.fixture
 def small():
     """Chatterbox's sizes, made small while a test runs."""
-    from chatterbox_t3 import shape_of
+    from chatterbox.models.t3 import t3
 
+    from vivace.bench.chatterbox import sized
     from vivace.t3 import preset
 
-    with shape_of(preset("tiny")):
+    with sized(t3, preset("tiny")):
         yield
 
 

@@ -348,16 +348,16 @@ def test_a_model_that_is_moved_while_it_is_accelerated(model, engine):
 
 def test_llama_520m_flash_runs_our_kernel(model, caplog):
     from chatterbox.models.t3 import t3 as chatterbox
-    from chatterbox_t3 import shape_of
 
     import vivace
     from vivace import policy
+    from vivace.bench.chatterbox import sized
     from vivace.chatterbox import register_llama_520m_flash, unregister_llama_520m_flash
     from vivace.t3 import preset
 
     policy.forget()
     embeds = torch.randn(2, 50, 128, device="cuda", dtype=torch.bfloat16)
-    with shape_of(preset("tiny")), caplog.at_level(logging.INFO, "vivace"):
+    with sized(chatterbox, preset("tiny")), caplog.at_level(logging.INFO, "vivace"):
         standard = chatterbox.T3(chatterbox.T3Config.english_only()).to("cuda", torch.bfloat16).eval()
         register_llama_520m_flash()
         try:

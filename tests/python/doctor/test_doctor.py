@@ -235,8 +235,6 @@ def test_what_is_no_model_is_an_answer(tmp_path, content):
 
 @pytest.mark.chatterbox
 def test_a_chatterbox_pipeline_before_and_after(tmp_path):
-    pytest.importorskip("chatterbox")
-    sys.path.insert(0, str(Path(__file__).parents[2] / "fixtures"))
     from types import SimpleNamespace
 
     from chatterbox_t3 import build_t3
@@ -262,7 +260,6 @@ def test_a_chatterbox_pipeline_before_and_after(tmp_path):
 
 @pytest.mark.chatterbox
 def test_t3_is_built_run_and_measured():
-    pytest.importorskip("chatterbox")
     status, report = run_doctor("--no-self-test", "--t3", "tiny")
     assert status == (0 if report["gpu"]["usable"] else 3), report["trial"]
     steps = {step["step"]: step for step in report["trial"]["steps"]}

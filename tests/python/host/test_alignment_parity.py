@@ -1,6 +1,5 @@
 """The C++ alignment analyzer against Chatterbox's, on random attention. The C++ side is tests/host/align_lines.cpp."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -11,9 +10,7 @@ import pytest
 import torch
 from programs import built
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("chatterbox") is None, reason="needs chatterbox-tts 0.1.7: .ci/setup test installs it"
-)
+pytestmark = pytest.mark.chatterbox
 STOP = 3
 EDIT = 2.0**15
 

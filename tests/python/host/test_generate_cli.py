@@ -205,6 +205,7 @@ def test_failures_are_one_line_on_stderr_and_status_1(generate, vivace, assets, 
         assert done.returncode == 1, (message, done.stderr)
         assert message in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("vivace") and "vivace: vivace" not in done.stderr, done.stderr
         assert done.stdout == ""
 
 

@@ -1,13 +1,11 @@
 """The C++ tokenizer, punc_norm and Unicode tables against `tokenizers`, Chatterbox and this Python.
 
-The C++ side is the program tokenize_lines (tests/host/tokenize_lines.cpp): $VIVACE_TOKENIZE_LINES, else the newest
-under build*/. Random texts follow from a fixed seed each.
+The C++ side is the program tokenize_lines (tests/host/tokenize_lines.cpp). Random texts follow from a fixed seed each.
 """
 
 import ast
 import importlib.util
 import json
-import os
 import pydoc_data.topics
 import random
 import subprocess
@@ -19,10 +17,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from programs import built
 
 tokenizers = pytest.importorskip("tokenizers")
 
-ROOT = Path(__file__).resolve().parents[3]
 SPECIALS = [
     "[STOP]",
     "[UNK]",
@@ -55,19 +53,14 @@ TRAINING = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.
 PUNCTUATION = list("...,;:!?-—–“”‘’\"'()[]{}…、。？！¡¿/\\@#$%^&*+=<>|~`_")
 
 
-def tool():
-    chosen = os.environ.get("VIVACE_TOKENIZE_LINES")
-    found = [Path(chosen)] if chosen else sorted(ROOT.glob("build*/**/tokenize_lines"), key=lambda p: p.stat().st_mtime)
-    return found[-1] if found else None
-
-
-pytestmark = pytest.mark.skipif(tool() is None, reason="tokenize_lines is not built (VIVACE_BUILD_TESTS=ON)")
+TOOL = built("tokenize_lines")
+pytestmark = pytest.mark.skipif(TOOL is None, reason="tokenize_lines is not built (VIVACE_BUILD_TESTS=ON)")
 
 
 def run_tool(what, texts=()):
     """What the C++ side makes of each text."""
     lines = "".join(json.dumps(text) + "\n" for text in texts)
-    done = subprocess.run([tool(), str(what)], input=lines.encode(), capture_output=True, check=False)
+    done = subprocess.run([TOOL, str(what)], input=lines.encode(), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     return [json.loads(line) for line in done.stdout.decode().splitlines()]
 
@@ -410,6 +403,6 @@ def test_a_file_that_asks_for_more_is_refused_by_name(chatterbox_json, tmp_path,
     change(data)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(data))
-    done = subprocess.run([tool(), str(path)], input=b"", capture_output=True, check=False)
+    done = subprocess.run([TOOL, str(path)], input=b"", capture_output=True, check=False)
     assert done.returncode == 1
     assert message in done.stderr.decode() and str(path) in done.stderr.decode()

@@ -27,6 +27,11 @@ def test_memory_is_weights_cache_and_overhead():
     assert plan.predict(plan.Shape(), 20, 1000, guided=False, overhead=OVERHEAD).rows == 20
 
 
+def test_a_thousand_positions_should_take_no_more_than_a_tenth_above_their_bytes():
+    one, twenty, many = (plan.aim(1.063e9, 2 * requests * 1000 * 122_880) / 1e9 for requests in (1, 20, 64))
+    assert (round(one, 1), round(twenty, 1), round(many, 1)) == (2.0, 7.2, 19.1)
+
+
 def test_the_largest_batch_is_the_last_that_fits():
     for limit in (2e9, 8e9, 12 * plan.GIB, 24 * plan.GIB):
         found = plan.largest_batch(limit, plan.Shape(), 1000, overhead=OVERHEAD)

@@ -213,11 +213,13 @@ def test_logits_are_those_of_chatterbox_at_other_shapes(tmp_path, num_heads, num
 
 
 def test_random_weights_have_the_spread_of_chatterboxes(chatterbox):
-    from chatterbox_t3 import ChatterboxConfig, chatterbox_t3, shape_of
+    from chatterbox_t3 import ChatterboxConfig, chatterbox_t3
+
+    from vivace.bench.chatterbox import sized
 
     config = vivace_t3.preset("tiny", "english" if chatterbox.hp.text_tokens_dict_size == 704 else "multilingual")
     torch.manual_seed(0)
-    with shape_of(config):
+    with sized(chatterbox_t3, config):
         theirs = chatterbox_t3.T3(ChatterboxConfig(config.text_vocab_size)).state_dict()
     ours = vivace_t3.RandomWeights(config, seed=1)
     assert set(theirs) - set(ours.shapes) == {"tfmr.embed_tokens.weight", "text_head.weight"}

@@ -49,6 +49,13 @@ def test_conds_keep_what_t3_and_the_vocoder_need(tmp_path):
         assert file.metadata() == {"format": "vivace-voice", "version": "1"}
 
 
+def test_a_voice_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "other").touch()
+    t3.write_random_voice(tmp_path / "voice.safetensors")
+    assert (tmp_path / "voice.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "voice.safetensors"]
+
+
 def test_a_converted_voice_converts_to_itself_even_in_place(tmp_path):
     torch.save(conds(), tmp_path / "conds.pt")
     voice = tmp_path / "voice.safetensors"
