@@ -1,6 +1,5 @@
 #include "csrc/attention.h"
 
-#include <algorithm>
 #include <cmath>
 
 #include "csrc/attention_values.h"
@@ -221,6 +220,7 @@ AttentionParams check_attention_with_kvcache(const AttentionArgs& a) {
 
   AttentionParams p;
   p.has_cache = true;
+  p.cache_rows = a.k.size(0);
   p.batch = ragged ? batch_of(check, a.cu_seqlens_q, "cu_seqlens_q") : a.q.size(0);
   check.int32_vector(a.cu_seqlens_q, "cu_seqlens_q", p.batch + 1, "(batch + 1)");
   check(!ragged || a.max_seqlen_q > 0 || a.q.size(0) == 0, "max_seqlen_q is ", a.max_seqlen_q,

@@ -73,10 +73,13 @@ void run_forward(const AttentionParams& p, int capability, cudaStream_t stream) 
 void run_cuda(const AttentionParams& p, int device_index, cudaStream_t stream) {
   const char* op = op_name(p);
   if (p.batch == 0) return;
-  if (p.k_new != nullptr || p.rotary_cos != nullptr) check_cuda(op, "attention_append", attention_append(p, stream));
+  const bool decode = use_decode(p, p.multiprocessors);
+  if ((p.k_new != nullptr || p.rotary_cos != nullptr) && !(decode && attention_decode_appends(p))) {
+    check_cuda(op, "attention_append", attention_append(p, stream));
+  }
   if (p.total_q == 0) return;
   cudaError_t status = cudaErrorNotSupported;
-  if (use_decode(p, p.multiprocessors)) {
+  if (decode) {
     const bool fp32 = p.dtype == DType::kFloat32;
     status = fp32 ? attention_decode_fp32(p, stream) : attention_decode(p, stream);
     if (status != cudaErrorNotSupported) {

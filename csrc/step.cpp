@@ -142,12 +142,24 @@ void check_probes(const Checker& check, const StepArgs& a, StepParams& p) {
 /// Up to this many rows the persistent kernel is the faster one where both take the step (docs/performance.md).
 [[maybe_unused]] constexpr int64_t kPersistentRows = 4;
 
-/// The chain's part of the workspace begins behind the persistent kernel's, which is the same for any number of rows.
+/// From this many rows on the split kernel is faster than the chain (docs/performance.md).
+[[maybe_unused]] constexpr int64_t kSplitRows = 65;
+
+/// The families' parts of the workspace lie behind each other: the persistent kernel's, the split kernel's, the chain's. The
+/// first two are the same for any number of rows.
 constexpr size_t kRegionAlignment = 1024;
 
 bool persistent_supported([[maybe_unused]] const StepParams& p) {
 #ifdef VIVACE_STEP_PERSISTENT
   return step_persistent_supported(p);
+#else
+  return false;
+#endif
+}
+
+bool split_supported([[maybe_unused]] const StepParams& p) {
+#ifdef VIVACE_STEP_SPLIT
+  return step_split_supported(p);
 #else
   return false;
 #endif
@@ -174,6 +186,15 @@ size_t persistent_bytes([[maybe_unused]] const StepParams& p) {
 #endif
 }
 
+size_t split_bytes([[maybe_unused]] const StepParams& p) {
+#ifdef VIVACE_STEP_SPLIT
+  if (!step_split_supported(p)) return 0;
+  return (step_split_workspace(p) + kRegionAlignment - 1) / kRegionAlignment * kRegionAlignment;
+#else
+  return 0;
+#endif
+}
+
 size_t chain_bytes([[maybe_unused]] const StepParams& p) {
 #ifdef VIVACE_STEP_CHAIN
   return step_chain_supported(p) ? step_chain_workspace(p) : 0;
@@ -184,9 +205,14 @@ size_t chain_bytes([[maybe_unused]] const StepParams& p) {
 
 /// kAuto: none takes the step.
 StepFamily choose(const StepParams& p, StepFamily wanted) {
-  const bool persistent = wanted != StepFamily::kChain && persistent_supported(p);
-  const bool chain = wanted != StepFamily::kPersistent && chain_supported(p);
-  if (persistent && (p.rows <= kPersistentRows || !chain)) return StepFamily::kPersistent;
+  const auto takes = [&](StepFamily family, bool supported) {
+    return (wanted == StepFamily::kAuto || wanted == family) && supported;
+  };
+  const bool persistent = takes(StepFamily::kPersistent, persistent_supported(p));
+  const bool chain = takes(StepFamily::kChain, chain_supported(p));
+  const bool split = takes(StepFamily::kSplit, split_supported(p));
+  if (persistent && (p.rows <= kPersistentRows || !(chain || split))) return StepFamily::kPersistent;
+  if (split && (p.rows >= kSplitRows || !chain)) return StepFamily::kSplit;
   return chain ? StepFamily::kChain : StepFamily::kAuto;
 }
 
@@ -203,13 +229,15 @@ void run_cuda(const StepParams& params, StepFamily wanted, int device_index, cud
   check(family != StepFamily::kAuto, kOp, "no ",
         wanted == StepFamily::kPersistent ? "persistent "
         : wanted == StepFamily::kChain    ? "chained "
+        : wanted == StepFamily::kSplit    ? "split "
                                           : "",
         "CUDA kernel of this build takes ", p.rows, " rows of ", dtype_name(p.dtype), ", hidden ", p.hidden, ", ", p.heads,
         " heads of ", p.head_dim, " (", p.heads_kv, " of keys), intermediate ", p.intermediate, ", vocabulary ", p.vocab,
         p.probes != nullptr ? ", with probes" : "", " on compute capability ", cuda_device(device_index).capability,
         "; run the model's layers one by one");
   [[maybe_unused]] const size_t front = persistent_bytes(p);
-  const size_t needed = front + chain_bytes(p);
+  [[maybe_unused]] const size_t middle = split_bytes(p);
+  const size_t needed = front + middle + chain_bytes(p);
   check(p.workspace_bytes >= needed, kOp, "workspace has ", p.workspace_bytes, " bytes, expected ", needed,
         " (decode_step_workspace)");
   check(reinterpret_cast<uintptr_t>(p.workspace) % 256 == 0, kOp, "workspace does not start at a multiple of 256 bytes");
@@ -220,11 +248,19 @@ void run_cuda(const StepParams& params, StepFamily wanted, int device_index, cud
     return check_cuda(kOp, last_kernel, step_persistent(p, stream));
   }
 #endif
+#ifdef VIVACE_STEP_SPLIT
+  if (family == StepFamily::kSplit) {
+    last_kernel = "step_split";
+    p.workspace = static_cast<char*>(p.workspace) + front;
+    p.workspace_bytes = middle;
+    return check_cuda(kOp, last_kernel, step_split(p, stream));
+  }
+#endif
 #ifdef VIVACE_STEP_CHAIN
   if (family == StepFamily::kChain) {
     last_kernel = "step_chain";
-    p.workspace = static_cast<char*>(p.workspace) + front;
-    p.workspace_bytes -= front;
+    p.workspace = static_cast<char*>(p.workspace) + front + middle;
+    p.workspace_bytes -= front + middle;
     return check_cuda(kOp, last_kernel, step_chain(p, stream));
   }
 #endif
@@ -309,7 +345,7 @@ int64_t step_workspace(const TensorView& qkv, const TensorView& down, const Tens
   std::copy_n(k_cache.strides.begin(), 4, p.k_stride);
   std::copy_n(k_cache.strides.begin(), 4, p.v_stride);
   if (choose(p, family) == StepFamily::kAuto) return -1;
-  return static_cast<int64_t>(persistent_bytes(p) + chain_bytes(p));
+  return static_cast<int64_t>(persistent_bytes(p) + split_bytes(p) + chain_bytes(p));
 #else
   return -1;
 #endif

@@ -19,44 +19,13 @@
 
 #include <cstdint>
 
+#include "kernels/attention/decode_direct_append.cuh"
+#include "kernels/attention/decode_direct_args.cuh"
+#include "kernels/attention/decode_direct_prefetch.cuh"
 #include "kernels/attention/decode_direct_tile.cuh"
 #include "kernels/attention/direct_shape.h"
-#include "kernels/common/fast_divmod.cuh"
 
 namespace vivace {
-
-/// Strides in bytes. In the order in which they are needed.
-struct DirectArgs {
-  const int32_t* lengths;  // (batch) or null: capacity
-  const int32_t* rows_of;  // cache_batch_idx or null
-  const char *k, *v;
-  uint32_t k_row, k_key, k_head;  // row of the cache, or page
-  uint32_t v_row, v_key, v_head;
-  int capacity, appended;
-  int first, step, span;  // part p takes keys p * first + i * step + [0, tile),
-                          // below p * first + span
-  int rows;               // query rows: seqlen_q * group
-  const int32_t* pages;   // block_table
-  int64_t pages_stride;
-  int page_shift, last_page;
-  int ahead;  // batch entries that CTAs take at a time
-  const char* q;
-  uint32_t q_batch, q_row, q_head;
-  float scale;  // of the scores, times log2(e)
-  FastDivmod by_group;
-  char* out;
-  uint32_t out_batch, out_row, out_head;
-  int heads, seqlen_q;
-  float* lse;
-  char* packets;
-  uint64_t launch;  // number of this launch, see decode_merge.cuh
-};
-
-/// offset + i * stride, as one instruction.
-template <typename T>
-__device__ __forceinline__ T* stepped(T* base, int i, uint32_t stride) {
-  return base + static_cast<uint64_t>(static_cast<uint32_t>(i)) * stride;
-}
 
 template <typename T, int kDim, int kWarps>
 struct DirectMerge {
@@ -204,24 +173,25 @@ struct DirectMerge {
 
 /// Grid (heads_kv, parts, batch). kPaged: pages of a power of two of keys, at
 /// least those of a warp's tile.
-template <typename T, int kDim, int kWarps, int kBlocks, bool kNarrow, bool kPaged, bool kStream>
+template <typename T, int kDim, int kWarps, int kBlocks, DirectForm kForm, bool kPaged, bool kStream>
 __global__ void __launch_bounds__(32 * kWarps, kBlocks) decode_direct_kernel(const __grid_constant__ DirectArgs args) {
   constexpr int kKeys = direct_keys(kDim);
-  using Tile = DirectTile<T, kDim, kKeys / 16, kNarrow, kStream>;
+  using Tile = DirectTile<T, kDim, kKeys / 16, kForm, kStream>;
   extern __shared__ float4 direct_shared[];
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x) / 32;
   const int head_kv = static_cast<int>(blockIdx.x), part = static_cast<int>(blockIdx.y),
             batch = static_cast<int>(blockIdx.z);
   ptx::grid_dependency_launch();
+  if (kStream && batch < args.early) prefetch_tile<kDim, kKeys, kPaged>(args, head_kv, part, batch);
   ptx::grid_dependency_wait();
 
   // Requests first, in the order in which their answers are needed.
   const int length = args.lengths != nullptr ? __ldcg(args.lengths + batch) : args.capacity;
-  const char* k = stepped(args.k, head_kv, args.k_head) + lane % 4 * 16;
+  const char* k = stepped(args.k, head_kv, args.k_head) + Tile::key_chunk() * 16;
   const char* v = stepped(args.v, head_kv, args.v_head) + lane / 4 * 16;
+  int row = batch;
   bool exists = true;  // an entry without a row of the cache sees nothing
   if constexpr (!kPaged) {
-    int row = batch;
     if (args.rows_of != nullptr) {
       row = __ldcg(args.rows_of + batch);
       exists = row >= 0;
@@ -235,18 +205,17 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks) decode_direct_kernel(con
   int page = 0, page_after = 0;  // of the tile that is loaded, and of the next
   const int32_t* const pages = kPaged ? args.pages + batch * args.pages_stride : nullptr;
   const auto page_of = [&](int at) { return pages[min(at >> args.page_shift, args.last_page)]; };  // L1 has the others
+  const auto in_page = [&](int at) { return kPaged ? at & ((1 << args.page_shift) - 1) : at; };
   // Where a lane's first chunk of row `r` of the tile at `first` lies. Rows
   // from `end` on may not be read: the last one before it is, and hidden later.
   const auto key_rows = [&](int first, int end) {
     return [&, base = kPaged ? stepped(k, page, args.k_row) : k, first, end](int r) {
-      const int at = min(first + r, end - 1);
-      return stepped(base, kPaged ? at & ((1 << args.page_shift) - 1) : at, args.k_key);
+      return stepped(base, in_page(min(first + r, end - 1)), args.k_key);
     };
   };
   const auto value_rows = [&](int first, int end) {
     return [&, base = kPaged ? stepped(v, page, args.v_row) : v, first, end](int r) {
-      const int at = min(first + r, end - 1);
-      return stepped(base, kPaged ? at & ((1 << args.page_shift) - 1) : at, args.v_key);
+      return stepped(base, in_page(min(first + r, end - 1)), args.v_key);
     };
   };
   Tile tile;
@@ -255,61 +224,61 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks) decode_direct_kernel(con
     page_after = page_of(key + args.step);
     // Streaming has pushed the table out of L2: it is on its way when the CTAs
     // behind this one ask for it.
-    if (kStream && threadIdx.x == 0 && batch + args.ahead < static_cast<int>(gridDim.z)) {
-      ptx::prefetch_l2(pages + args.ahead * args.pages_stride + min(begin >> args.page_shift, args.last_page));
+    if (kStream && threadIdx.x == 0 && batch + args.next_batch + 1 < static_cast<int>(gridDim.z)) {
+      ptx::prefetch_l2(pages + (args.next_batch + 1) * args.pages_stride + min(begin >> args.page_shift, args.last_page));
     }
   } else {
     tile.load_keys(key_rows(key, args.capacity));
     tile.load_values(value_rows(key, args.capacity));
   }
   typename Tile::Queries queries;
-  {
-    const int r = queries.row();
+#pragma unroll
+  for (int p = 0; p < Tile::kSets; ++p) {
+    const int r = queries.row(p);
     int query, head;
     args.by_group(r, query, head);
     head += head_kv * static_cast<int>(args.by_group.divisor);
     const char* const q = stepped(stepped(stepped(args.q, batch, args.q_batch), query, args.q_row), head, args.q_head);
-    queries.load(r < args.rows ? q + lane % 4 * 16 : nullptr);
+    queries.load(p, r < args.rows ? q + queries.chunk(p) * 16 : nullptr);
   }
 
   const int keys = exists ? max(0, min(length + args.appended, args.capacity)) : 0;
   if (part > 0 && begin >= keys) return;
   const int end = min(keys, begin + args.span);
-  if (kPaged && key < end) {
+  bool again = false;  // load the first tile again
+  if (args.k_new != nullptr && exists) {
+    again = append_keys<kDim, kKeys>(args, head_kv, begin, key, batch, length, [&](int at, int& to, int& within) {
+      to = kPaged ? page_of(at) : row;
+      within = in_page(at);
+    });
+    asm volatile("" : "+l"(k), "+l"(v) : : "memory");  // no load from here on before the stores
+  }
+  if (key < end && (kPaged || again)) {
     tile.load_keys(key_rows(key, end));
     tile.load_values(value_rows(key, end));
   }
   const DirectMerge<T, kDim, kWarps> merge(args, head_kv, part, batch, direct_shared);
-  queries.arrange();
+  if constexpr (!Tile::kWide) queries.arrange();
   DirectState<T, kDim, Tile> state;
   state.clear();
-  // What has been used is loaded anew group by group; but where short rows lie one behind another in memory, all keys and
-  // all values together: 4 to 7 % faster there.
-  constexpr bool kByGroups = kPaged || kDim == 128;
-  const auto nothing = [](int, int) {};
   typename Tile::Scores s;
-  if constexpr (kByGroups) {
 #pragma unroll 1
-    for (; key + args.step < end; key += args.step) {
-      const int next = key + args.step;
-      if constexpr (kPaged) page = page_after;
-      const auto keys_of = key_rows(next, end);
-      tile.scores(s, queries, args.scale, [&](int g, int e) { tile.load_keys(g, e, keys_of); });
-      if constexpr (kPaged) page_after = page_of(next + args.step);
-      state.weigh(s);
-      const auto values_of = value_rows(next, end);
-      state.add(s, tile, [&](int g, int i) { tile.load_values(g, i, values_of); });
-    }
-  }
-#pragma unroll 1
-  for (; key < end; key += args.step) {  // by groups: the last tile alone
+  for (; key + args.step < end; key += args.step) {
     const int next = key + args.step;
-    tile.scores(s, queries, args.scale, nothing);
-    if (!kByGroups && next < end) tile.load_keys(key_rows(next, end));
+    if constexpr (kPaged) page = page_after;
+    tile.scores(s, queries, args.scale);
+    tile.load_keys(key_rows(next, end));
+    if constexpr (kPaged) page_after = page_of(next + args.step);
+    state.weigh(s);
+    state.add(s, tile);
+    tile.load_values(value_rows(next, end));
+  }
+  if (kStream && args.prefetch_next) prefetch_next<kDim, kKeys, kPaged>(args);
+  if (key < end) {
+    tile.scores(s, queries, args.scale);
     if (key + kKeys > end) tile.hide(s, end - key);
     state.weigh(s);
-    state.add(s, tile, nothing);
-    if (!kByGroups && next < end) tile.load_values(value_rows(next, end));
+    state.add(s, tile);
   }
 
   const int rows = args.rows;

@@ -3,12 +3,14 @@
 // operand of mma.m16n8k16 as it is. Products do not care for the order of the
 // dims or keys that they sum over, so the orders are what the chunks make them.
 //
-//   S^T (keys x query rows) = K Q^T. Narrow, to 4 query rows: the four words of
-//   a chunk (8 dims of a key) are rows r and r + 8 of A, thus two halves of one
-//   key, which meet different columns of B: column 2 n has a query row's words
-//   0 and 2 of each chunk, column 2 n + 1 its words 1 and 3. A score is the sum
-//   of two elements, both in one lane. Wide, to 8 rows: rows r and r + 8 are
-//   two keys.
+//   S^T (keys x query rows) = K Q^T. Wide, to 8 query rows: rows r and r + 8 of
+//   A are two keys, 4 lanes hold 64 bytes of one. Narrow, to 4: 8 lanes hold a
+//   key's 128 bytes, a memory line, and the four words of a chunk (8 dims) are
+//   rows r and r + 8 of A, thus quarters of a line, which meet different columns
+//   of B: those of one query row are words 0 and 2, or 1 and 3, of the chunks of
+//   one half of a line. Two elements of a product are of use to a lane, or none;
+//   two products, one with the halves of its lines swapped, and two sets of
+//   columns make one score a lane. Few, to 2: with one set.
 //
 //   O^T (dims x query rows) += V^T P^T: a lane has the same chunk of 4 keys;
 //   halves of the words of two keys are paired, so that rows r and r + 8 of A
@@ -24,26 +26,43 @@
 
 namespace vivace {
 
-/// Keys [16 g, 16 g + 16) are group g. A lane has, of the keys lane / 4 and
-/// lane / 4 + 8 of a group, chunks lane % 4 + 4 i, and of the values 2 (lane %
-/// 4) + {0, 1, 8, 9} chunk lane / 4 + 8 i.
-template <typename T, int kDim, int kGroups_, bool kNarrow_, bool kStream>
+enum class DirectForm { kFew, kNarrow, kWide };
+
+/// Keys [16 g, 16 g + 16) are group g. A lane has chunk lane / 4 + 8 i of 4 values of it. Of the keys it has, wide, chunks
+/// lane % 4 + 4 i of two; else of the keys lane / 8 + {0, 4, 8, 12} chunk lane % 8 of each line, its bit 2 flipped for the
+/// second and the last.
+template <typename T, int kDim, int kGroups_, DirectForm kForm, bool kStream>
 struct DirectTile {
   static constexpr int kGroups = kGroups_;
-  static constexpr bool kNarrow = kNarrow_;
+  static constexpr bool kWide = kForm == DirectForm::kWide, kFew = kForm == DirectForm::kFew;
   static constexpr int kKeys = 16 * kGroups;
-  static constexpr int kChunks = kDim / 32;         // of a key, in a lane
-  static constexpr int kColumns = kNarrow ? 1 : 2;  // query rows of a lane: lane % 4, or 2 (lane % 4) + {0, 1}
-  using Scores = float[kGroups][2][kColumns];       // key 16 g + lane / 4 + 8 e
+  static constexpr int kChunks = kDim / 32, kLines = kDim / 64;  // of a key: in a lane of wide, in memory
+  static constexpr int kColumns = kWide ? 2 : 1;                 // query rows of a lane
+  static constexpr int kSets = kForm == DirectForm::kNarrow ? 2 : 1;
+  using Scores = float[kGroups][2][kColumns];  // of key score_row(g, e)
 
   uint4 k[kGroups][2][kChunks];
-  uint4 v[kGroups][4][kDim / 64];
+  uint4 v[kGroups][4][kLines];
 
-  static __device__ __forceinline__ int key_row(int g, int e) {
-    return 16 * g + static_cast<int>(threadIdx.x % 32) / 4 + 8 * e;
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % 32); }
+
+  /// A lane's first chunk of a key.
+  static __device__ __forceinline__ int key_chunk() { return lane() % (kWide ? 4 : 8); }
+  static __device__ __forceinline__ int score_row(int g, int e) {
+    if constexpr (kWide) return 16 * g + 8 * e + lane() / 4;
+    const int second = kFew ? lane() ^ lane() / 4 : lane() / 4;
+    return 16 * g + 8 * e + 4 * (second & 1) + lane() / 8;
   }
   static __device__ __forceinline__ int value_row(int g, int e) {
-    return 16 * g + 2 * static_cast<int>(threadIdx.x % 4) + (e & 1) + 4 * (e & 2);
+    const int column = lane() % 4;
+    return 16 * g + 4 * (e & 2) + (kWide ? 2 * column + (e & 1) : column + 4 * (e & 1));
+  }
+  /// Query row of column j of a lane; none: 8.
+  static __device__ __forceinline__ int query_row(int j) {
+    const int column = lane() % 4;
+    if constexpr (kWide) return 2 * column + j;
+    if constexpr (kFew) return column % 2 == 0 ? column / 2 : 8;
+    return column / 2 + 2 * (column % 2);
   }
 
   /// ld.global.v4.b32 past L1. With L1::no_allocate L2, too, lets go of the
@@ -65,9 +84,19 @@ struct DirectTile {
   /// is where this lane's first chunk of it lies.
   template <typename Rows>
   __device__ __forceinline__ void load_keys(int g, int e, const Rows& rows) {
-    const char* const row = rows(key_row(g, e));
+    if constexpr (kWide) {
+      const char* const row = rows(16 * g + 8 * e + lane() / 4);
 #pragma unroll
-    for (int i = 0; i < kChunks; ++i) k[g][e][i] = load(row + 64 * i);
+      for (int i = 0; i < kChunks; ++i) k[g][e][i] = load(row + 64 * i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const char* row = rows(16 * g + 8 * e + 4 * i + lane() / 8);
+        if (i == 1) row += (lane() & 4) == 0 ? 64 : -64;
+#pragma unroll
+        for (int l = 0; l < kLines; ++l) k[g][e][i * kLines + l] = load(row + 128 * l);
+      }
+    }
   }
   template <typename Rows>
   __device__ __forceinline__ void load_values(int g, int i, const Rows& rows) {
@@ -94,61 +123,86 @@ struct DirectTile {
 
   /// Query rows as the B operand.
   struct Queries {
-    uint2 narrow[kChunks];
-    uint4 wide[kChunks];
+    uint4 chunks[kSets][kChunks];
+    uint2 words[kSets][kLines];
 
-    /// Of the query row that this lane's column belongs to.
-    static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x % 32) / (kNarrow ? 8 : 4); }
-    /// from: chunk lane % 4 of that row; null: zeros.
-    __device__ __forceinline__ void load(const char* from) {
+    /// Of the query row that this lane's column of set `p` belongs to.
+    static __device__ __forceinline__ int row(int p) { return kWide ? lane() / 4 : lane() / 16 + 2 * p; }
+    /// A lane's first chunk of it.
+    static __device__ __forceinline__ int chunk(int p) { return lane() % 4 + (kWide ? 0 : 4 * ((lane() / 8 ^ p) & 1)); }
+    /// from: that chunk; null: zeros.
+    __device__ __forceinline__ void load(int p, const char* from) {
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        wide[i] = from == nullptr ? make_uint4(0, 0, 0, 0) : DirectTile::load(from + 64 * i);
+      for (int i = 0; i < (kWide ? kChunks : kLines); ++i) {
+        chunks[p][i] = from == nullptr ? make_uint4(0, 0, 0, 0) : DirectTile::load(from + (kWide ? 64 : 128) * i);
       }
     }
     /// When they are there.
     __device__ __forceinline__ void arrange() {
-      const bool even = threadIdx.x / 4 % 2 == 0;
+      const bool even = lane() / 4 % 2 == 0;
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        narrow[i] = even ? make_uint2(wide[i].x, wide[i].z) : make_uint2(wide[i].y, wide[i].w);
+      for (int p = 0; p < kSets; ++p) {
+#pragma unroll
+        for (int l = 0; l < kLines; ++l) {
+          const uint4& x = chunks[p][l];
+          words[p][l] = even ? make_uint2(x.x, x.z) : make_uint2(x.y, x.w);
+        }
       }
     }
   };
 
-  /// Times `scale`. used(g, e) is called when keys e of group g have been used.
-  template <typename Used>
-  __device__ __forceinline__ void scores(Scores& s, const Queries& q, float scale, const Used& used) {
+  /// Times `scale`.
+  __device__ __forceinline__ void scores(Scores& s, const Queries& q, float scale) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      if constexpr (kNarrow) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-          for (int i = 0; i < kChunks; ++i) {
-            const uint32_t a[4] = {k[g][e][i].x, k[g][e][i].y, k[g][e][i].z, k[g][e][i].w};
-            ptx::mma_m16n8k16<T>(x, a, q.narrow[i].x, q.narrow[i].y);
-          }
-          used(g, e);
-          s[g][e][0] = (x[0] + x[3]) * scale;
-        }
-      } else {
+      if constexpr (kWide) {
         float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < kChunks; ++i) {
-          const uint4 &low = k[g][0][i], &high = k[g][1][i];
+          const uint4 &low = k[g][0][i], &high = k[g][1][i], &b = q.chunks[0][i];
           const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
-          ptx::mma_m16n8k16<T>(x, first, q.wide[i].x, q.wide[i].y);
-          ptx::mma_m16n8k16<T>(x, second, q.wide[i].z, q.wide[i].w);
+          ptx::mma_m16n8k16<T>(x, first, b.x, b.y);
+          ptx::mma_m16n8k16<T>(x, second, b.z, b.w);
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          used(g, e);
           s[g][e][0] = x[2 * e] * scale;
-          s[g][e][1] = x[2 * e + 1] * scale;
+          s[g][e][kColumns - 1] = x[2 * e + 1] * scale;
         }
+      } else {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) s[g][e][0] = narrow_scores(g, e, q) * scale;
       }
+    }
+  }
+
+  /// Element (query row 2 p + column / 2) of product i, set p, is of use where bit 0 of column, key and i say the same half
+  /// of a line; its other half is in lane ^ 5.
+  __device__ __forceinline__ float narrow_scores(int g, int e, const Queries& q) const {
+    float half[kSets][2];
+#pragma unroll
+    for (int p = 0; p < kSets; ++p) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int l = 0; l < kLines; ++l) {
+          const uint4& chunk = k[g][e][i * kLines + l];
+          const uint32_t a[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+          ptx::mma_m16n8k16<T>(x, a, q.words[p][l].x, q.words[p][l].y);
+        }
+        half[p][i] = x[0] + x[3];
+      }
+    }
+    const bool odd_column = (lane() & 1) != 0, odd_key = (lane() & 4) != 0;
+    if constexpr (kFew) {
+      const float own = odd_column != odd_key ? half[0][1] : half[0][0];
+      return own + __shfl_xor_sync(~0u, own, 5);
+    } else {
+      // Even columns: row column / 2, set 0. Odd ones: 2 + column / 2, set 1. Of product 1 where the key is odd.
+      const float own = odd_column ? (odd_key ? half[1][1] : half[1][0]) : (odd_key ? half[0][1] : half[0][0]);
+      const float other = odd_column ? (odd_key ? half[0][0] : half[0][1]) : (odd_key ? half[1][0] : half[1][1]);
+      return own + __shfl_xor_sync(~0u, other, 5);
     }
   }
 
@@ -161,7 +215,7 @@ struct DirectTile {
       for (int e = 0; e < 2; ++e) {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          if (key_row(g, e) >= end) s[g][e][j] = -INFINITY;
+          if (score_row(g, e) >= end) s[g][e][j] = -INFINITY;
         }
       }
 #pragma unroll
@@ -180,12 +234,10 @@ struct DirectTile {
 template <typename T, int kDim, typename Tile>
 struct DirectState {
   static constexpr int kColumns = Tile::kColumns, kGroups = Tile::kGroups;
-  static constexpr bool kNarrow = Tile::kNarrow;
-
   float max[kColumns], sum[kColumns];  // the maximum is the same in all lanes of
                                        // a row, the sum is this lane's part
   float out[kDim / 16][4];             // [4 i + w][2 h + j]: dim 8 (lane / 4 + 8 i) + 2 w +
-                                       // h, row j; narrow: j is 0
+                                       // h, column j
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -195,10 +247,6 @@ struct DirectState {
     }
 #pragma unroll
     for (int m = 0; m < kDim / 16; ++m) out[m][0] = out[m][1] = out[m][2] = out[m][3] = 0.0f;
-  }
-
-  static __device__ __forceinline__ int row(int j) {
-    return kNarrow ? static_cast<int>(threadIdx.x % 4) : 2 * static_cast<int>(threadIdx.x % 4) + j;
   }
 
   /// Scores become probabilities, as far as the keys seen until now tell.
@@ -233,16 +281,14 @@ struct DirectState {
     }
   }
 
-  /// Adds the values, p of each. used(g, i) is called when values i of group g
-  /// have been used.
-  template <typename Used>
-  __device__ __forceinline__ void add(const typename Tile::Scores& p, const Tile& tile, const Used& used) {
+  /// Adds the values, p of each.
+  __device__ __forceinline__ void add(const typename Tile::Scores& p, const Tile& tile) {
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       uint32_t b[2];  // p as the B operand: keys are its rows
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        b[e] = ptx::movmatrix_trans(pack2<T>(p[g][e][0], kNarrow ? 0.0f : p[g][e][kColumns - 1]));
+        b[e] = ptx::movmatrix_trans(pack2<T>(p[g][e][0], kColumns == 1 ? 0.0f : p[g][e][kColumns - 1]));
       }
 #pragma unroll
       for (int i = 0; i < kDim / 64; ++i) {
@@ -256,7 +302,6 @@ struct DirectState {
         pairs(1, v0.y, v1.y, v2.y, v3.y);
         pairs(2, v0.z, v1.z, v2.z, v3.z);
         pairs(3, v0.w, v1.w, v2.w, v3.w);
-        used(g, i);
       }
     }
   }
@@ -270,7 +315,7 @@ struct DirectState {
       float total = sum[j];
 #pragma unroll
       for (int distance = 4; distance < 32; distance *= 2) total += __shfl_xor_sync(~0u, total, distance);
-      const int r = row(j);
+      const int r = Tile::query_row(j);
       if (r >= rows) continue;
       if (quad == 0) stats[r] = make_float2(max[j], total);
 #pragma unroll

@@ -8,6 +8,30 @@
 
 namespace vivace {
 
+/// One warp writes `rows` rows of `dim` columns from swizzled shared memory, neighbouring lanes 16 neighbouring bytes.
+template <typename T, int kDim>
+__device__ __forceinline__ void store_staged(uint32_t staging, T* out, int64_t row_stride, int rows, int dim, bool aligned) {
+  using Layout = Swizzle<kDim>;
+  const int lane = threadIdx.x % 32;
+  constexpr int kRowLanes = Layout::kRowLanes;
+  for (int row = lane / kRowLanes; row < rows; row += 32 / kRowLanes) {
+#pragma unroll
+    for (int chunk = lane % kRowLanes; chunk < kDim / 8; chunk += kRowLanes) {
+      const uint4 x = ptx::ld_shared_v4(staging + Layout::offset(row, chunk));
+      T* to = out + row * row_stride + 8 * chunk;
+      if (aligned) {
+        if (8 * chunk < dim) *reinterpret_cast<uint4*>(to) = x;
+      } else {
+        const T* elements = reinterpret_cast<const T*>(&x);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (8 * chunk + i < dim) to[i] = elements[i];
+        }
+      }
+    }
+  }
+}
+
 /// Writes one warp's kRows x kDim output: its first `rows` rows and `dim` columns. Fragments go through `staging`, swizzled
 /// shared memory of this warp's own kRows rows, so that neighbouring lanes store neighbouring 16 bytes.
 /// o: m16 fragments of rows lane / 4 and lane / 4 + 8, already normalised; out: the warp's row 0. kAligned: 16-byte stores
@@ -30,23 +54,7 @@ __device__ __forceinline__ void store_output(const float (&o)[kFragsM][kDim / 8]
     }
   }
   __syncwarp();
-  constexpr int kRowLanes = Layout::kRowLanes;
-  for (int row = lane / kRowLanes; row < rows; row += 32 / kRowLanes) {
-#pragma unroll
-    for (int chunk = lane % kRowLanes; chunk < kDim / 8; chunk += kRowLanes) {
-      const uint4 x = ptx::ld_shared_v4(staging + Layout::offset(row, chunk));
-      T* to = out + row * row_stride + 8 * chunk;
-      if (aligned) {
-        if (8 * chunk < dim) *reinterpret_cast<uint4*>(to) = x;
-      } else {
-        const T* elements = reinterpret_cast<const T*>(&x);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (8 * chunk + i < dim) to[i] = elements[i];
-        }
-      }
-    }
-  }
+  store_staged<T, kDim>(staging, out, row_stride, rows, dim, aligned);
 }
 
 }  // namespace vivace

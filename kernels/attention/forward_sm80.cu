@@ -41,8 +41,9 @@ cudaError_t attention_forward_sm80(const AttentionParams& params, cudaStream_t s
   const cudaError_t error = device_facts(device, facts);
   if (error != cudaSuccess) return error;
   if (facts.capability < 80) return cudaErrorNotSupported;
-  // As kSmallSm: binaries run within their major version.
-  const bool small_sm = (facts.capability > 80 && facts.capability < 90) || facts.capability >= 120;
+  // As kSm: binaries run within their major version.
+  const bool small = (facts.capability > 80 && facts.capability < 90) || facts.capability >= 120;
+  const sm80::Sm sm = small ? sm80::Sm::kSmall : facts.capability == 80 ? sm80::Sm::kMedium : sm80::Sm::kLarge;
   const int64_t l2_bytes = facts.l2_bytes;
 
   sm80::ForwardArgs args{};
@@ -54,11 +55,11 @@ cudaError_t attention_forward_sm80(const AttentionParams& params, cudaStream_t s
   args.aligned = rows_aligned(args.params);
   const bool rich = is_rich(params) || !args.aligned;
 
-  if (dim <= 64) return sm80::launch_forward<64>(args, rich, l2_bytes, small_sm, stream);
-  if (dim <= 96) return sm80::launch_forward<96>(args, rich, l2_bytes, small_sm, stream);
-  if (dim <= 128) return sm80::launch_forward<128>(args, rich, l2_bytes, small_sm, stream);
-  if (dim <= 192) return sm80::launch_forward<192>(args, rich, l2_bytes, small_sm, stream);
-  return sm80::launch_forward<256>(args, rich, l2_bytes, small_sm, stream);
+  if (dim <= 64) return sm80::launch_forward<64>(args, rich, l2_bytes, sm, stream);
+  if (dim <= 96) return sm80::launch_forward<96>(args, rich, l2_bytes, sm, stream);
+  if (dim <= 128) return sm80::launch_forward<128>(args, rich, l2_bytes, sm, stream);
+  if (dim <= 192) return sm80::launch_forward<192>(args, rich, l2_bytes, sm, stream);
+  return sm80::launch_forward<256>(args, rich, l2_bytes, sm, stream);
 }
 
 }  // namespace vivace

@@ -1,5 +1,5 @@
 #include "kernels/attention/forward_sm80_launch.cuh"
 
 namespace vivace::sm80 {
-template cudaError_t launch_forward<256>(ForwardArgs&, bool, int64_t, bool, cudaStream_t);
+template cudaError_t launch_forward<256>(ForwardArgs&, bool, int64_t, Sm, cudaStream_t);
 }  // namespace vivace::sm80

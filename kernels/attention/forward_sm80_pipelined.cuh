@@ -91,9 +91,9 @@ __global__ void __launch_bounds__(ForwardTile<kDim, kSmallSm>::kThreads, Forward
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) load_v<kDim>(frags[i], v_lane + at, i);
   };
-  const auto see_all = [&](const Scores& s) {
+  const auto see_all = [&](const Scores& s, bool first = false) {
     softmax.see_all(s);
-    softmax.rescale(o, scale_log2);
+    softmax.rescale(o, scale_log2, first);
   };
   // Part i of n of a step's exponentials.
   const auto exponentials = [&](Scores& s, int i, int n) {
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(ForwardTile<kDim, kSmallSm>::kThreads, Forward
     preload_k(kStepBytes);
     multiply_qk<T, kDim, kFragsM, kFragsS>(s0, q, k_lane + kStepBytes, frags, Nothing());
     mask(s0, steps.begin);
-    see_all(s0);
+    see_all(s0, true);
   }
 #pragma unroll 1
   for (int t = 0; t < pairs; ++t) {
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(ForwardTile<kDim, kSmallSm>::kThreads, Forward
           };
           preload_v(at);
           if (hidden) {
-            add_values_not_finite<T, kDim>(o, s, v_tile + at);
+            add_values_not_finite<T, kDim>(o, s, v_tile + at, [](float p, int, int) { return p; });
             multiply_pv<T, kDim, kFragsM, kFragsS, true>(o, v_lane + at, frags, probabilities, Nothing());
           } else {
             multiply_pv<T, kDim, kFragsM, kFragsS>(o, v_lane + at, frags, probabilities, Nothing());

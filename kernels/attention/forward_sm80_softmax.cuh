@@ -59,25 +59,53 @@ struct WarpSoftmax {
   }
 
   /// Moves the offsets of rows whose maximum grew by more than 2^8 and rescales sum and o; below, probabilities
-  /// keep their relative precision. Called by whole warps.
+  /// keep their relative precision. first: sum and o are zeros. Called by whole warps.
   template <int kFragsO>
-  __device__ __forceinline__ void rescale(float (&o)[kFragsM][kFragsO][4], float scale_log2) {
-    bool grew = false;  // of this lane's scores: the vote joins the lanes of a row
+  __device__ __forceinline__ void rescale(float (&o)[kFragsM][kFragsO][4], float scale_log2, bool first = false) {
+    if (!__any_sync(0xffffffffu, grew(scale_log2))) return;  // joins the lanes of a row
+#pragma unroll
+    for (int m = 0; m < kFragsM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) seen[m][r] = quad_max(seen[m][r]);
+    }
+    raise(o, scale_log2, first);
+  }
+
+  /// Whether a score that this lane has seen is more than 2^8 beyond its row's offset.
+  __device__ __forceinline__ bool grew(float scale_log2) const {
+    bool grew = false;
 #pragma unroll
     for (int m = 0; m < kFragsM; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) grew |= fmaf(seen[m][r], scale_log2, -offset[m][r]) > 8.0f;
     }
-    if (!__any_sync(0xffffffffu, grew)) return;
+    return grew;
+  }
+
+  /// The same decision for each row, with what its four lanes have seen: other rows leave its bits as they are.
+  template <int kFragsO>
+  __device__ __forceinline__ void raise(float (&o)[kFragsM][kFragsO][4], float scale_log2, bool first) {
+    float factor[kFragsM][2];
 #pragma unroll
     for (int m = 0; m < kFragsM; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float old_offset = offset[m][r];
-        offset[m][r] = fmaxf(old_offset, quad_max(seen[m][r]) * scale_log2);
-        scale_row(o, m, r, ptx::exp2_approx(old_offset - offset[m][r]));
+        const float maximum = seen[m][r] * scale_log2, old_offset = offset[m][r];
+        if (maximum - old_offset > 8.0f) offset[m][r] = maximum;
+        factor[m][r] = ptx::exp2_approx(old_offset - offset[m][r]);
       }
     }
+    if (first) return;
+#pragma unroll
+    for (int m = 0; m < kFragsM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) scale_row(o, m, r, factor[m][r]);
+    }
+  }
+
+  /// Of a score in row r of fragment m.
+  __device__ __forceinline__ float probability(float score, float scale_log2, int m, int r) const {
+    return ptx::exp2_approx(fmaf(score, scale_log2, -offset[m][r]));
   }
 
   /// Columns 16 * j to 16 * j + 16 of fragment row m of a step become probabilities.
@@ -87,18 +115,15 @@ struct WarpSoftmax {
     for (int f = 2 * j; f < 2 * j + 2; ++f) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        s[m][f][e] = ptx::exp2_approx(fmaf(s[m][f][e], scale_log2, -offset[m][e / 2]));
+        s[m][f][e] = probability(s[m][f][e], scale_log2, m, e / 2);
         sum[m][e / 2] += s[m][f][e];
       }
     }
   }
 
-  /// As OnlineSoftmax::finish, of row r of fragment m.
+  /// As finish_row, of row r of fragment m.
   __device__ __forceinline__ float finish(int m, int r, float sink, float& factor) const {
-    OnlineSoftmax row;
-    row.max[0] = offset[m][r];
-    row.sum[0] = sum[m][r];
-    return row.finish(0, 1.0f, sink, factor);
+    return finish_row(offset[m][r], sum[m][r], sink, factor);
   }
 
  private:

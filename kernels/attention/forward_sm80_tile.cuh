@@ -36,7 +36,17 @@ struct TileConfig {
   static constexpr bool kPipelined = kStages == 2;
 };
 
-/// small: an SM with 100 KiB of shared memory (sm_86, 87, 89, 120), not 164 or more.
+/// Shared memory of a multiprocessor: 100 KiB (sm_86, 87, 89, 120), 164 (sm_80), more.
+enum class Sm { kSmall, kMedium, kLarge };
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800
+inline constexpr Sm kSm = Sm::kMedium;
+#elif __CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200
+inline constexpr Sm kSm = Sm::kSmall;
+#else
+inline constexpr Sm kSm = Sm::kLarge;
+#endif
+inline constexpr bool kSmallSm = kSm == Sm::kSmall;
+
 template <int kHeadDim, bool kSmall>
 struct ForwardTile;
 template <bool kSmall>
@@ -50,16 +60,16 @@ struct ForwardTile<192, kSmall> : TileConfig<128, 64, 64, 8, 1, 1> {};
 template <bool kSmall>
 struct ForwardTile<256, kSmall> : TileConfig<128, kSmall ? 32 : 64, kSmall ? 32 : 64, 8, 1, 1> {};
 
+/// Whether plain calls take forward_sm80_split.cuh.
+template <int kHeadDim>
+constexpr bool splits(Sm sm) {
+  return kHeadDim > 128 && sm != Sm::kSmall;
+}
+
 template <int kHeadDim, bool kSmall>
 inline constexpr int kSharedBytes = 2 * kHeadDim*(ForwardTile<kHeadDim, kSmall>::kM +
                                                   2 * ForwardTile<kHeadDim, kSmall>::kStages *
                                                       ForwardTile<kHeadDim, kSmall>::kN);
-
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-inline constexpr bool kSmallSm = true;
-#else
-inline constexpr bool kSmallSm = false;
-#endif
 
 /// Where one block's queries and their keys lie.
 template <typename T>
@@ -105,6 +115,18 @@ __device__ __forceinline__ void cp_async_16_if(bool on, uint32_t shared, const v
       : "memory");
 }
 
+/// The same of `bytes` bytes, the rest of 16 zeros.
+__device__ __forceinline__ void cp_async_16_if(bool on, uint32_t shared, const void* global, int bytes) {
+  asm volatile(
+      "{\n"
+      ".reg .pred on;\n"
+      "setp.ne.b32 on, %2, 0;\n"
+      "@on cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %3;\n"
+      "}\n" ::"r"(shared),
+      "l"(global), "r"(static_cast<int>(on)), "r"(bytes)
+      : "memory");
+}
+
 /// Copies tile after tile of kRows consecutive rows of K or V, in pieces that stand between the mma of a product: issued in
 /// a row, copies hold up the warp.
 template <typename T, int kRows, int kDim, int kThreads, bool kRich>
@@ -141,6 +163,16 @@ struct TileCopy {
     }
   }
 
+  /// The same, where `on`.
+  __device__ __forceinline__ void piece_if(bool on, int i, int64_t row_stride, int left) const {
+    const int bytes = i * kRowsAtOnce < left ? 16 : 0;
+#pragma unroll
+    for (int c = 0; c < kDim / 8; c += Layout::kRowLanes) {
+      cp_async_16_if(on, to + i * kRowsAtOnce * Layout::kRowBytes + 16 * c, from + i * kRowsAtOnce * row_stride + 8 * c,
+                     bytes);
+    }
+  }
+
   /// Piece i of a tile of which `left` rows exist from this thread's first one on; the others become zeros.
   __device__ __forceinline__ void piece_of_rows(int i, int64_t row_stride, int left) const {
     const int bytes = i * kRowsAtOnce < left ? 16 : 0;
@@ -167,6 +199,19 @@ struct TileCopy {
       }
     }
     return bad != 0;
+  }
+
+  /// Makes zeros of them.
+  __device__ __forceinline__ static void keep_finite(uint32_t tile) {
+#pragma unroll 1
+    for (int i = 0; i < kPieces; ++i) {
+#pragma unroll 1
+      for (int c = 0; c < kDim / 8; c += Layout::kRowLanes) {
+        const uint32_t at = tile + offset() + i * kRowsAtOnce * Layout::kRowBytes + 16 * c;
+        const uint4 x = ptx::ld_shared_v4(at);
+        ptx::st_shared(at, make_uint4(finite_part<T>(x.x), finite_part<T>(x.y), finite_part<T>(x.z), finite_part<T>(x.w)));
+      }
+    }
   }
 };
 

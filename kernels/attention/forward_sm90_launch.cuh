@@ -132,7 +132,7 @@ cudaError_t launch_dense_as(const AttentionParams& p, cudaStream_t stream) {
     if (!long_128(p.seqlen_q)) return VIVACE_LAUNCH(kShort128);
     return VIVACE_LAUNCH(kHeadDim == 96 ? kLong96 : kLong128<kMasked>);
   } else {
-    return VIVACE_LAUNCH(kHeadDim == 192 ? k192 : k256);
+    return VIVACE_LAUNCH(kHeadDim == 192 ? k192<kMasked> : k256);
   }
 #undef VIVACE_LAUNCH
 }
@@ -147,7 +147,10 @@ cudaError_t launch_dense(const AttentionParams& p, cudaStream_t stream) {
 /// The same where lengths come from device memory.
 template <int kHeadDim>
 cudaError_t launch_ragged(const AttentionParams& p, cudaStream_t stream) {
-  constexpr TileShape kShape = kHeadDim == 64 ? kRagged64 : kHeadDim <= 128 ? kRagged128 : kHeadDim == 192 ? k192 : k256;
+  constexpr TileShape kShape = kHeadDim == 64    ? kRagged64
+                               : kHeadDim <= 128 ? kRagged128
+                               : kHeadDim == 192 ? k192<true>
+                                                 : k256;
   return p.dtype == DType::kFloat16 ? launch<ForwardTraits<__half, kHeadDim, kShape, true, true>>(p, stream)
                                     : launch<ForwardTraits<__nv_bfloat16, kHeadDim, kShape, true, true>>(p, stream);
 }

@@ -33,8 +33,9 @@ template <bool kMasked>
 inline constexpr TileShape kLong128 = kMasked ? TileShape{3, 64, 4, 1, true, true} : TileShape{3, 64, 4, 2, true, false};
 inline constexpr TileShape kRagged128{3, 64, 4, 2, false, false};
 
-inline constexpr TileShape k192{2, 80, 2, 2, false, false};
-inline constexpr TileShape k256{2, 80, 2, 1, false, false};
+template <bool kMasked>
+inline constexpr TileShape k192{2, 64, 2, 2, !kMasked, false};
+inline constexpr TileShape k256{2, 64, 2, 1, false, false};
 
 /// How many consumers share the keys of a tile at head_dim 64. More of them use the tensor cores better, fewer make more
 /// tiles: what takes the fewest rounds of the grid, times how long a block of keys takes (measured). `pairs`: batch * heads;

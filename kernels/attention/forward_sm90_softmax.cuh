@@ -23,8 +23,8 @@ __device__ __forceinline__ uint32_t pack(float lo, float hi, __half) {
   return r;
 }
 
-/// The online softmax of one thread's two rows (lane / 4 and lane / 4 + 8 of its warp's 16). Unlike OnlineSoftmax of
-/// softmax.cuh it works in two parts, and does not touch the output.
+/// The online softmax of one thread's two rows (lane / 4 and lane / 4 + 8 of its warp's 16). It works in two parts, and
+/// does not touch the output.
 struct Softmax {
   float max[2] = {-INFINITY, -INFINITY};  // what the exponentials are relative to; 2^8 below the true maximum at most
   float sum[2] = {0.0f, 0.0f};            // of this thread's columns only

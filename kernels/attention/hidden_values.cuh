@@ -42,11 +42,12 @@ __device__ __forceinline__ uint32_t finite_part(uint32_t pair) {
 }
 
 /// Adds p * v of those elements of V that are not finite to o, for rows whose p is not 0: with finite_part of V, the product
-/// is then exact for every row. p: probabilities of kFragsM * 16 rows as accumulators; tile: V's rows of these keys,
-/// swizzled, complete. By one warp. Slow.
-template <typename T, int kDim, int kFragsM, int kFragsN>
+/// is then exact for every row. s: of kFragsM * 16 rows as accumulators; p = probability(s, m, r) in row r of fragment m;
+/// tile: V's rows of these keys, swizzled, complete. By one warp. Slow.
+template <typename T, int kDim, int kFragsM, int kFragsN, typename Probability>
 __device__ __forceinline__ void add_values_not_finite(float (&o)[kFragsM][kDim / 8][4],
-                                                      const float (&p)[kFragsM][kFragsN][4], uint32_t tile) {
+                                                      const float (&s)[kFragsM][kFragsN][4], uint32_t tile,
+                                                      const Probability& probability) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int j = 0; j < 8 * kFragsN; ++j) {
@@ -60,10 +61,10 @@ __device__ __forceinline__ void add_values_not_finite(float (&o)[kFragsM][kDim /
         for (int f = 0; f < kFragsN; ++f) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            x |= __float_as_uint(p[m][f][2 * r + e]) & ptx::opaque(8 * f + e == (j & ~6) ? 0xffffffffu : 0u);
+            x |= __float_as_uint(s[m][f][2 * r + e]) & ptx::opaque(8 * f + e == (j & ~6) ? 0xffffffffu : 0u);
           }
         }
-        p_j[m][r] = __uint_as_float(__shfl_sync(0xffffffffu, x, j % 8 / 2, 4));
+        p_j[m][r] = probability(__uint_as_float(__shfl_sync(0xffffffffu, x, j % 8 / 2, 4)), m, r);
       }
     }
 #pragma unroll

@@ -27,6 +27,9 @@ cudaError_t attention_decode_direct(const AttentionParams& params, cudaStream_t 
 cudaError_t attention_decode_sm80(const AttentionParams& params, cudaStream_t stream);
 cudaError_t attention_decode_sm90(const AttentionParams& params, cudaStream_t stream);
 
+/// Whether attention_decode appends params.k_new and v_new to the cache itself: no attention_append before it then.
+bool attention_decode_appends(const AttentionParams& params);
+
 /// Bytes of params.workspace that attention_decode needs; by batch, heads, head_dim, capacity and splits.
 int64_t attention_decode_workspace(const AttentionParams& params);
 

@@ -100,6 +100,7 @@ struct AttentionParams {
   int64_t arch = 0;             // decode: 90 for the Hopper kernel, else the sm80 one
   bool dependent = false;       // decode: launch as a programmatic dependent of the kernel before (Hopper and newer)
   void* workspace = nullptr;    // attention_workspace() bytes: rotated q, partial results
+  int64_t cache_rows = 0;       // that k and v have, with block_table pages: bounds of what is prefetched
 };
 
 }  // namespace vivace

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "kernels/attention/params.h"
-#include "kernels/attention/workspace.h"
 #include "kernels/common/fast_divmod.cuh"
 
 namespace vivace {
@@ -95,7 +94,7 @@ struct RowSource {
 /// q as the kernel reads it: the rotated copy in the workspace when rotary is on.
 inline void use_rotated_q(AttentionParams& p) {
   if (p.rotary_cos == nullptr) return;
-  p.q = static_cast<const char*>(p.workspace) + attention_workspace(p).q_rotated;
+  p.q = p.workspace;  // AttentionWorkspace::q_rotated is 0
   p.q_stride[0] = p.seqlen_q * p.heads * p.head_dim;
   p.q_stride[1] = p.heads * p.head_dim;
   p.q_stride[2] = p.head_dim;

@@ -8,7 +8,7 @@ namespace vivace {
 
 /// Byte offsets of the parts of the workspace; a part that is not needed has size 0. Parts are aligned to 256 bytes.
 struct AttentionWorkspace {
-  int64_t q_rotated = 0;    // (total_q, heads, head_dim) of dtype, when rotary is on
+  int64_t q_rotated = 0;    // (total_q, heads, head_dim) of dtype, when rotary is on; always first
   int64_t packets = 0;      // decode, 16-bit types: (parts, rows, head_dim_v) of 16 bytes, see decode_merge.cuh
   int64_t out_partial = 0;  // decode, fp32: (num_splits, heads, total_q, head_dim_v) fp32, when num_splits > 1
   int64_t lse_partial = 0;  // decode, fp32: (num_splits, heads, total_q) fp32

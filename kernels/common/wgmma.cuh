@@ -55,8 +55,13 @@ struct Wgmma;
 // the r operands of it; both are chains of eights.
 #define VIVACE_OUTPUTS_OF_8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define VIVACE_OUTPUTS_OF_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define VIVACE_REGISTERS_4 "%0, %1, %2, %3"
+#define VIVACE_OUTPUTS_4 VIVACE_OUTPUTS_OF_4(0)
 #define VIVACE_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define VIVACE_OUTPUTS_8 VIVACE_OUTPUTS_OF_8(0)
+#define VIVACE_REGISTERS_12 VIVACE_REGISTERS_8 ", %8, %9, %10, %11"
+#define VIVACE_OUTPUTS_12 VIVACE_OUTPUTS_8, VIVACE_OUTPUTS_OF_4(8)
 #define VIVACE_REGISTERS_16 VIVACE_REGISTERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define VIVACE_OUTPUTS_16 VIVACE_OUTPUTS_8, VIVACE_OUTPUTS_OF_8(8)
 #define VIVACE_REGISTERS_24 VIVACE_REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -109,7 +114,9 @@ struct Wgmma;
   VIVACE_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__) \
   VIVACE_WGMMA(__half, "f16", __VA_ARGS__)
 
+VIVACE_WGMMA_TYPES(8, 4, "%4", "%5", "%6", "%7", "%8", "%9")
 VIVACE_WGMMA_TYPES(16, 8, "%8", "%9", "%10", "%11", "%12", "%13")
+VIVACE_WGMMA_TYPES(24, 12, "%12", "%13", "%14", "%15", "%16", "%17")
 VIVACE_WGMMA_TYPES(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 VIVACE_WGMMA_TYPES(48, 24, "%24", "%25", "%26", "%27", "%28", "%29")
 VIVACE_WGMMA_TYPES(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")

@@ -43,8 +43,6 @@ cudaError_t launch(const StepParams& p, cudaStream_t stream) {
   using S = PersistentShape<kHeads, kRows>;
   PersistentArgs args;
   args.p = p;
-  args.in_flight = 2;
-  args.pace = 0;
   args.zero = 0;
   {
     // Outputs i and 32 + i of a head, a rotary pair, in one box.

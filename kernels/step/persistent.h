@@ -24,10 +24,10 @@ struct PersistentShape {
   static constexpr int consumer_registers = 208;    // 2 warps of 208 and one of 88 in each quarter of the SM: 3 of 168
   static constexpr int producer_registers = 88;
 
-  static constexpr int stage_bytes = 8 * hidden * 2;         // 8 rows of weights, or `chunk` keys and values
-  static constexpr int chunk = 8 * warps;                    // keys of a stage
-  static constexpr int chunk_groups = chunk / 16;            // of 16 keys, which a warp takes at a time
-  static constexpr int down_blocks = heads < 8 ? heads : 8;  // of 64 inputs of a stage of down, that a warp multiplies
+  static constexpr int in_flight = 2;  // stages that the copy engine may have under way; more only delay the packets
+  static constexpr int stage_bytes = 8 * hidden * 2;  // 8 rows of weights, or `chunk` keys and values
+  static constexpr int chunk = 8 * warps;             // keys of a stage
+  static constexpr int chunk_groups = chunk / 16;     // of 16 keys, which a warp takes at a time
 
   // A row's keys are split into 2, 4 or 8 parts by their number.
   static constexpr int group_log2 = 3;
@@ -42,7 +42,7 @@ struct PersistentShape {
   static constexpr int staging_words = gated_words * rows;  // a warp
 
   // Sums over warps alternate between three buffers; the last float of a row of a and b is the sum of squares.
-  static constexpr int row_a = 25, row_b = 65, row_c = 8;
+  static constexpr int row_a = 26, row_b = 68, row_c = 8;
   static constexpr int sums_a = warps * rows * row_a;                                // QKV, output projection
   static constexpr int sums_b = std::max(slots * slot_floats, warps* row_b) * rows;  // attention, gate/up, head
   static constexpr int sums_c = warps * rows * row_c;                                // down
@@ -83,9 +83,7 @@ struct PersistentArgs {
   CUtensorMap k[2];  // 64 of a head, `chunk` or 8 positions, head, cache row, layer
   CUtensorMap v[2];
   StepParams p;
-  int32_t in_flight;  // stages that the copy engine may have under way at most; more would only queue, and delay the packets
-  uint32_t pace;      // cycles between two stages at least: no faster than memory can serve all CTAs
-  uint32_t zero;      // 0, but the compiler does not know
+  uint32_t zero;  // 0, but the compiler does not know
 };
 
 }  // namespace vivace::step

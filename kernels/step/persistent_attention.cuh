@@ -6,110 +6,168 @@
 
 namespace vivace::step {
 
-/// One row's attention over this CTA's n keys, of which this warp takes every kWarps-th group of 16, from `share` on.
-/// `query` holds word `lane` of the row's query. Leaves (output, max, sum) of this warp in its slot, in powers of two. All
-/// rows of the A operand are the query; of the weights, even rows are their rounded values and odd rows the rest.
+/// Keys that a warp has in registers: kGroups groups of 16, of a round of so many for every warp, as B operands of 8 keys x
+/// 64 dimensions each.
+struct HeldKeys {
+  static constexpr int kGroups = 2;
+  uint32_t k[kGroups][2][8];
+};
+/// The stages of a round, of which `left` keys remain; and in them a warp's g-th group of keys, its values half a stage on.
+template <typename S>
+__device__ __forceinline__ int round_stages(int left) {
+  return min(HeldKeys::kGroups * S::warps / S::chunk_groups, (left + S::chunk - 1) / S::chunk);
+}
+template <typename S>
+__device__ __forceinline__ uint32_t group_address(const Ring<S>& ring, int group) {
+  return ptx::shared_address(ring.stage(group / S::chunk_groups)) + group % S::chunk_groups * 2048;
+}
+
+/// The g-th group of 16 keys of a warp, or where there is none, one that is: so that registers are loaded in any case, and
+/// the compiler does not take what they held before for a value to be kept.
+template <typename S>
+__device__ __forceinline__ int held_group(int share, int g, int left) {
+  return max(min(share + g * S::warps, (left - 1) / 16), 0);
+}
+
+/// Keys of a round; `left` of the row's part remain, of which a round takes the first. Waits for their stages.
 template <int kHeads, int kRows>
-__device__ __forceinline__ void attend_row(Worker<kHeads, kRows>& self, uint32_t query, int n, int share, float* slots,
-                                           float* scores, int room) {
+__device__ __forceinline__ uint32_t hold_keys(const Worker<kHeads, kRows>& self, int lane, int left, int share,
+                                              HeldKeys& held) {
   using S = PersistentShape<kHeads, kRows>;
-  const int lane = self.lane;
+  self.ring.template wait_full_some<HeldKeys::kGroups * S::warps / S::chunk_groups>(round_stages<S>(left));
+  const uint32_t row = lane % 8, piece = lane / 8;
+  const uint32_t k_lo = row * 128 + (piece ^ row) * 16, k_hi = row * 128 + ((piece + 4) ^ row) * 16;
+  uint32_t bits = 0;
+#pragma unroll
+  for (int g = 0; g < HeldKeys::kGroups; ++g) {
+    const uint32_t keys = group_address(self.ring, held_group<S>(share, g, left));
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      uint32_t r[4];
+      ptx::ldmatrix_x4(r, keys + j * 1024 + k_lo);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) held.k[g][j][i] = r[i];
+      bits |= r[0];
+      ptx::ldmatrix_x4(r, keys + j * 1024 + k_hi);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) held.k[g][j][4 + i] = r[i];
+      bits |= r[0];
+    }
+  }
+  return bits;
+}
+
+/// A warp's share of a row's attention, in powers of two: d[0] and d[1] of a tile of 8 dimensions (all lanes / 4 the same),
+/// d[2] and d[3] what the rounded weights lack.
+struct Attended {
+  float out[8][4] = {};
+  float top = -INFINITY, sum = 0.0f;
+};
+
+/// Attention over held keys, `first` being the number of the round's first one and `left` how many there are from there on.
+/// The query is in all rows of A; of the weights, the upper half of A has their rounded values, the lower half the rest.
+template <int kHeads, int kRows>
+__device__ __forceinline__ uint32_t attend_held(const Worker<kHeads, kRows>& self, int lane, const HeldKeys& held,
+                                                uint32_t query, int first, int left, int share, Attended& state,
+                                                float* scores, int room) {
+  using S = PersistentShape<kHeads, kRows>;
   const float scale = self.p.softmax_scale * 1.44269504f;
   const int pair = 2 * (lane % 4);  // of a tile of 8 keys or dimensions
-  float out[8][4] = {}, top = -INFINITY, sum = 0.0f;
   uint32_t q[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) q[i] = __shfl_sync(0xffffffffu, query, 4 * i + lane % 4);
-  const uint32_t row = lane % 8, piece = lane / 8;
-  const uint32_t k_lo = row * 128 + (piece ^ row) * 16, k_hi = row * 128 + ((piece + 4) ^ row) * 16;
-  const uint32_t v_row = piece % 2 * 1024 + row * 128;
-#pragma unroll 1
-  for (int chunk = 0; chunk * S::chunk < n; ++chunk) {
-    self.ring.template wait_full<1>();
-    uint32_t bits = 0;
-    const int group = share - chunk % 2 * S::chunk_groups, first = chunk * S::chunk + 16 * group;
-    if (group >= 0 && group < S::chunk_groups && first < n) {
-      const uint32_t keys = ptx::shared_address(self.ring.stage(0)) + group * 2048, values = keys + S::stage_bytes / 2;
-      float s[2][4] = {};
+  float s[HeldKeys::kGroups][4];
+  float new_top = state.top;
+#pragma unroll
+  for (int g = 0; g < HeldKeys::kGroups; ++g) {
+    const int at = 16 * (share + g * S::warps);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[g][i] = -INFINITY;
+    if (at >= left) continue;
+    float d[2][2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        uint32_t lo[4], hi[4];
-        ptx::ldmatrix_x4(lo, keys + j * 1024 + k_lo);
-        ptx::ldmatrix_x4(hi, keys + j * 1024 + k_hi);
-        bits |= lo[0] | hi[0];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t a[4] = {q[2 * i], q[2 * i], q[2 * i + 1], q[2 * i + 1]};
-          ptx::mma_m16n8k16<bf16>(s[j], a, i < 2 ? lo[2 * i] : hi[2 * i - 4], i < 2 ? lo[2 * i + 1] : hi[2 * i - 3]);
-        }
-      }
-      float new_top = top;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int key = first + i / 2 * 8 + pair + i % 2;
-        float& x = s[i / 2][i % 2];
-        x = key < n ? x * scale : -INFINITY;
-        if (scores != nullptr && lane < 4 && key < n && key < room) scores[key] = x;
-        new_top = fmaxf(new_top, x);
-      }
-      new_top = fmaxf(new_top, __shfl_xor_sync(0xffffffffu, new_top, 1));
-      new_top = fmaxf(new_top, __shfl_xor_sync(0xffffffffu, new_top, 2));
-      const float keep = ptx::exp2_approx(top - new_top);
-      top = new_top;
-      sum *= keep;
-      uint32_t a[4] = {0, 0, 0, 0};
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float x = ptx::exp2_approx(s[j][0] - top), y = ptx::exp2_approx(s[j][1] - top);
-        sum += x + y;
-        const uint32_t rounded = pack2<bf16>(x, y);
-        const float2 r = unpack2<bf16>(rounded);
-        a[2 * j] = lane / 4 % 2 == 0 ? rounded : pack2<bf16>(x - r.x, y - r.y);
-      }
-      // What lies behind the last key may be no number.
-      const int left = n - first - pair;
-      const uint32_t mask[2] = {left >= 2 ? ~0u : left == 1 ? 0xffffu : 0u, left >= 10 ? ~0u : left == 9 ? 0xffffu : 0u};
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32_t v[4];
-        ptx::ldmatrix_x4_trans(v, values + v_row + ((2 * i + piece / 2) ^ row) * 16);
-        bits |= v[0];
-#pragma unroll
-        for (int u = 0; u < 2; ++u) {
-          float(&d)[4] = out[2 * i + u];
-          d[0] *= keep;
-          d[1] *= keep;
-          ptx::mma_m16n8k16<bf16>(d, a, v[2 * u] & mask[0], v[2 * u + 1] & mask[1]);
-        }
+        const uint32_t a[4] = {q[2 * i], q[2 * i], q[2 * i + 1], q[2 * i + 1]};
+        ptx::mma_m16n8k16<bf16>(d[j][i % 2], a, held.k[g][j][2 * i], held.k[g][j][2 * i + 1]);
       }
     }
-    self.ring.template release<1>(lane, bits & self.zero);
-  }
-  if (16 * share >= n) return;
-  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-  sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-  float* slot = slots + share * S::slot_floats;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const float x = out[i][0] + __shfl_xor_sync(0xffffffffu, out[i][0], 4);
-    const float y = out[i][1] + __shfl_xor_sync(0xffffffffu, out[i][1], 4);
-    if (lane < 4) *reinterpret_cast<float2*>(slot + 8 * i + pair) = make_float2(x, y);
+    for (int i = 0; i < 4; ++i) {
+      const int key = at + i / 2 * 8 + pair + i % 2;
+      const float x = (d[i / 2][0][i % 2] + d[i / 2][1][i % 2]) * scale;
+      s[g][i] = key < left ? x : -INFINITY;
+      if (scores != nullptr && lane < 4 && key < left && first + key < room) scores[first + key] = x;
+      new_top = fmaxf(new_top, s[g][i]);
+    }
   }
-  if (lane == 0) *reinterpret_cast<float2*>(slot + S::head_dim) = make_float2(top, sum);
+  uint32_t v[HeldKeys::kGroups][4][4], bits = 0;  // 16 keys x 16 dimensions each
+  const uint32_t line = lane % 8, piece = lane / 8;
+#pragma unroll
+  for (int g = 0; g < HeldKeys::kGroups; ++g) {
+    const uint32_t values =
+        group_address(self.ring, held_group<S>(share, g, left)) + S::stage_bytes / 2 + piece % 2 * 1024 + line * 128;
+    // What lies behind the last key may be no number.
+    const int valid = left - 16 * (share + g * S::warps) - pair;
+    const uint32_t mask[2] = {valid >= 2 ? ~0u : valid == 1 ? 0xffffu : 0u, valid >= 10 ? ~0u : valid == 9 ? 0xffffu : 0u};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      ptx::ldmatrix_x4_trans(v[g][i], values + ((2 * i + piece / 2) ^ line) * 16);
+      bits |= v[g][i][0];
+#pragma unroll
+      for (int u = 0; u < 4; ++u) v[g][i][u] &= mask[u % 2];
+    }
+  }
+  new_top = fmaxf(new_top, __shfl_xor_sync(0xffffffffu, new_top, 1));
+  new_top = fmaxf(new_top, __shfl_xor_sync(0xffffffffu, new_top, 2));
+  if (first > 0) {
+    const float keep = ptx::exp2_approx(state.top - new_top);
+    state.sum *= keep;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) state.out[i][e] *= keep;
+    }
+  }
+  state.top = new_top;
+#pragma unroll
+  for (int g = 0; g < HeldKeys::kGroups; ++g) {
+    if (16 * (share + g * S::warps) >= left) continue;
+    uint32_t a[4];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float x = ptx::exp2_approx(s[g][2 * j] - new_top), y = ptx::exp2_approx(s[g][2 * j + 1] - new_top);
+      state.sum += x + y;
+      a[2 * j] = pack2<bf16>(x, y);
+      const float2 rounded = unpack2<bf16>(a[2 * j]);
+      a[2 * j + 1] = pack2<bf16>(x - rounded.x, y - rounded.y);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      ptx::mma_m16n8k16<bf16>(state.out[i], a, v[g][i / 2][2 * (i % 2)], v[g][i / 2][2 * (i % 2) + 1]);
+    }
+  }
+  return bits;
 }
 
-/// This CTA's share of the head's attention, row by row. The last part of a row also has the new key, from the packets, in
-/// a slot of its own.
+/// This CTA's share of the head's attention, row by row; leaves (output, max, sum) of every warp in its slot. A warp takes
+/// every kWarps-th group of 16 keys from `share` on, and has them in registers before the query arrives. The last part of a
+/// row also has the new key, from the packets, in a slot of its own.
 template <int kHeads, int kRows>
 __device__ __forceinline__ void attend(Worker<kHeads, kRows>& self, int layer) {
   using S = PersistentShape<kHeads, kRows>;
   using M = Mailboxes<kHeads>;
+  constexpr int kRound = 16 * HeldKeys::kGroups * S::warps;
+  const int lane = anew(self.lane) & 31;
 #pragma unroll 1
   for (int row = 0; row < self.rows; ++row) {
     const KeyRange range = key_range<S>(layer, row, self.part, self.length_of(row));
     if (range.part < 0) continue;
-    const int share = (self.warp + 4 * row + row / 2 * 2) % S::warps;  // rows with few keys are spread over the warps
-    const bool has_new_key = range.last && share == S::warps - 1, has_old_keys = 16 * share < range.end - range.first;
+    const int n = range.end - range.first;
+    const int share = static_cast<int>(static_cast<uint32_t>(self.warp + 4 * row + row / 2 * 2) %
+                                       S::warps);  // rows with few keys are spread over the warps
+    const bool has_new_key = range.last && share == S::warps - 1, has_old_keys = 16 * share < n;
     uint2 word[3] = {};  // lane's words of q, k, v
     float* slots = self.sums_b + row * S::slots * S::slot_floats;
     float* scores = nullptr;  // of this CTA's keys, where they are probed
@@ -119,22 +177,44 @@ __device__ __forceinline__ void attend(Worker<kHeads, kRows>& self, int layer) {
       if (probe >= 0) scores = probe_row(self.p, probe, row) + range.first;
       room = static_cast<int>(self.p.probe_capacity) - range.first;
     }
-    if (has_new_key || has_old_keys) {
-      receive(
-          word, self.template mailbox<const uint2>(M::heads_qkv) + (self.head * M::kMaxRows + row) * 96 + self.lane,
-          self.tag, [](int j) { return j * 32; }, [&](int j) { return j == 0 || has_new_key; });
-      if (has_new_key) {
-        const float2 q = unpack2<bf16>(word[0].x), k = unpack2<bf16>(word[1].x);
-        float score = (q.x * k.x + q.y * k.y) * (self.p.softmax_scale * 1.44269504f);
-#pragma unroll
-        for (int m = 1; m < 32; m *= 2) score += __shfl_xor_sync(0xffffffffu, score, m);
-        float* slot = slots + S::warps * S::slot_floats;
-        *reinterpret_cast<float2*>(slot + 2 * self.lane) = unpack2<bf16>(word[2].x);
-        if (self.lane == 0) *reinterpret_cast<float2*>(slot + S::head_dim) = make_float2(score, 1.0f);
-        if (scores != nullptr && self.lane == 0 && range.end - range.first < room) scores[range.end - range.first] = score;
+    Attended state;
+#pragma unroll 1
+    for (int first = 0; first == 0 || first < n; first += kRound) {
+      HeldKeys held;
+      uint32_t bits = hold_keys(self, lane, n - first, share, held);
+      if (first == 0 && (has_new_key || has_old_keys)) {
+        receive(
+            word, self.template mailbox<const uint2>(M::heads_qkv) + (self.head * M::kMaxRows + row) * 96 + lane, self.tag,
+            [](int j) { return j * 32; }, [&](int j) { return j == 0 || has_new_key; });
       }
+      if (first + 16 * share < n) {
+        bits |= attend_held(self, lane, held, word[0].x, first, n - first, share, state, scores, room);
+      }
+      if (first < n) self.ring.release_some(lane, round_stages<S>(n - first), bits & self.zero);
     }
-    if (range.end > range.first) attend_row(self, word[0].x, range.end - range.first, share, slots, scores, room);
+    if (has_old_keys) {
+      state.sum += __shfl_xor_sync(0xffffffffu, state.sum, 1);
+      state.sum += __shfl_xor_sync(0xffffffffu, state.sum, 2);
+      float* slot = slots + share * S::slot_floats;
+      if (lane < 4) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float(&d)[4] = state.out[i];
+          *reinterpret_cast<float2*>(slot + 8 * i + 2 * lane) = make_float2(d[0] + d[2], d[1] + d[3]);
+        }
+      }
+      if (lane == 0) *reinterpret_cast<float2*>(slot + S::head_dim) = make_float2(state.top, state.sum);
+    }
+    if (has_new_key) {
+      const float2 q = unpack2<bf16>(word[0].x), k = unpack2<bf16>(word[1].x);
+      float score = (q.x * k.x + q.y * k.y) * (self.p.softmax_scale * 1.44269504f);
+#pragma unroll
+      for (int m = 1; m < 32; m *= 2) score += __shfl_xor_sync(0xffffffffu, score, m);
+      float* slot = slots + S::warps * S::slot_floats;
+      *reinterpret_cast<float2*>(slot + 2 * lane) = unpack2<bf16>(word[2].x);
+      if (lane == 0) *reinterpret_cast<float2*>(slot + S::head_dim) = make_float2(score, 1.0f);
+      if (scores != nullptr && lane == 0 && n < room) scores[n] = score;
+    }
   }
 }
 
@@ -207,54 +287,65 @@ __device__ __forceinline__ void receive_parts(Worker<kHeads, kRows>& self, int l
   receive(
       packets, part_packets(self, 0, 0), self.tag, [](int j) { return (j / kBatch * S::ctas + j % kBatch) * kPackets; },
       [&](int j) { return j / kBatch < self.rows && reads; });
+  // The rows side by side: a row's merge is a chain of short steps.
+  float top[kRows], sum[kRows] = {}, out[kRows][6] = {};
+  auto merge = [&](int row, const uint4* v, float before) {
+    float share[kBatch];
+    top[row] = before;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      share[j] = __uint_as_float(__shfl_sync(0xffffffffu, v[j].z, lane / 16 * 16 + kPackets - 1));
+      top[row] = fmaxf(top[row], share[j]);
+    }
+    const float from = top[row] == -INFINITY ? 0.0f : top[row];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      share[j] = ptx::exp2_approx(share[j] - from);
+      sum[row] += share[j];
+      const float2 a = unpack2<bf16>(v[j].x), b = unpack2<bf16>(v[j].y), c = unpack2<bf16>(v[j].z);
+      out[row][0] += share[j] * a.x;
+      out[row][1] += share[j] * a.y;
+      out[row][2] += share[j] * b.x;
+      out[row][3] += share[j] * b.y;
+      out[row][4] += share[j] * c.x;
+      out[row][5] += share[j] * c.y;
+    }
+  };
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) merge(row, packets + row * kBatch, -INFINITY);
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    float top = -INFINITY, sum = 0.0f, out[6] = {};
-    auto merge = [&](const uint4* v) {
-      float share[kBatch], new_top = top;
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        share[j] = __uint_as_float(__shfl_sync(0xffffffffu, v[j].z, lane / 16 * 16 + kPackets - 1));
-        new_top = fmaxf(new_top, share[j]);
-      }
-      const float from = new_top == -INFINITY ? 0.0f : new_top, keep = ptx::exp2_approx(top - from);
-      top = new_top;
-      sum *= keep;
-#pragma unroll
-      for (int m = 0; m < 6; ++m) out[m] *= keep;
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        share[j] = ptx::exp2_approx(share[j] - from);
-        sum += share[j];
-        const float2 a = unpack2<bf16>(v[j].x), b = unpack2<bf16>(v[j].y), c = unpack2<bf16>(v[j].z);
-        out[0] += share[j] * a.x;
-        out[1] += share[j] * a.y;
-        out[2] += share[j] * b.x;
-        out[3] += share[j] * b.y;
-        out[4] += share[j] * c.x;
-        out[5] += share[j] * c.y;
-      }
-    };
-    merge(packets + row * kBatch);
     const int parts = 1 << parts_log2<S>(self.lengths[row]);
 #pragma unroll 1
     for (int first = kBatch; first < parts; first += kBatch) {
       uint4 v[kBatch];
       receive(
           v, part_packets(self, row, first), self.tag, [](int j) { return j * kPackets; }, [&](int) { return reads; });
-      merge(v);
+      float new_top = top[row];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        new_top = fmaxf(new_top, __uint_as_float(__shfl_sync(0xffffffffu, v[j].z, lane / 16 * 16 + kPackets - 1)));
+      }
+      const float keep = ptx::exp2_approx(top[row] - (new_top == -INFINITY ? 0.0f : new_top));
+      sum[row] *= keep;
+#pragma unroll
+      for (int m = 0; m < 6; ++m) out[row][m] *= keep;
+      merge(row, v, top[row]);
     }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
     if (self.probes != nullptr && self.warp == self.head / 2 && lane == self.head % 2 * 16) {
       const int probe = find_probe(self.p, layer, self.head);
-      if (probe >= 0) self.probe_lse[probe * kRows + row] = top + __log2f(sum);
+      if (probe >= 0) self.probe_lse[probe * kRows + row] = top[row] + __log2f(sum[row]);
     }
-    const float scale = __fdividef(1.0f, sum);
+    const float scale = __fdividef(1.0f, sum[row]);
     if (reads) {
       uint32_t* to = self.staging + row * 64 + lane / 16 * 32;
       const int k = lane % 16;
-      to[staged(3 * k)] = pack2<bf16>(out[0] * scale, out[1] * scale);
-      to[staged(3 * k + 1)] = pack2<bf16>(out[2] * scale, out[3] * scale);
-      if (k < kPackets - 1) to[staged(3 * k + 2)] = pack2<bf16>(out[4] * scale, out[5] * scale);
+      to[staged(3 * k)] = pack2<bf16>(out[row][0] * scale, out[row][1] * scale);
+      to[staged(3 * k + 1)] = pack2<bf16>(out[row][2] * scale, out[row][3] * scale);
+      if (k < kPackets - 1) to[staged(3 * k + 2)] = pack2<bf16>(out[row][4] * scale, out[row][5] * scale);
     }
   }
   __syncwarp();

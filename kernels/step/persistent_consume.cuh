@@ -13,15 +13,14 @@ __device__ __forceinline__ void logits(Worker<kHeads, kRows>& self) {
   const int tiles = static_cast<int>((self.p.vocab + 7) / 8);
   for (int tile = self.cta; tile < tiles; tile += 8 * S::ctas) {
     const int n = min(8, (tiles - tile + S::ctas - 1) / S::ctas);
-    uint32_t w[8][16];
+    TileWeights w;
     // Stages past the n-th hold old weights, whose products nobody reads.
     for (int i = 0; i < n; ++i) self.ring.wait_full(i);
     __syncwarp();
-    const uint32_t bits = load_weights(self.ring, 0, 2 * self.warp, self.lane, w);
+    const uint32_t bits = load_weights(self, w);
     for (int i = 0; i < n; ++i) self.ring.template release<1>(self.lane, bits & self.zero);
     if (tile != self.cta) self.synchronize();  // the sums before have been read
-    multiply_eight(self, w);
-    if (tile == self.cta) store_squares<S::row_b>(self, self.sums_b);
+    multiply(self, w);
     self.synchronize();
 #pragma unroll 1
     for (int row = self.warp; row < self.rows; row += S::warps) {
@@ -42,12 +41,23 @@ __device__ __forceinline__ void consume(Worker<kHeads, kRows>& self, uint64_t* a
   using S = PersistentShape<kHeads, kRows>;
   using M = Mailboxes<kHeads>;
   ptx::grid_dependency_wait();
+  // Three trips to memory: rows' requests and lengths; tokens and rotary tables; embeddings.
+  int64_t request[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) request[r] = r < self.rows ? self.p.row_request[r] : 0;
   const int layers = static_cast<int>(self.p.layers);
   uint32_t* counter = self.template mailbox<uint32_t>(M::counter);
   const uint32_t step = *const_cast<volatile uint32_t*>(counter);
   self.tag = step * static_cast<uint32_t>(layers + 1);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) self.lengths[r] = r < self.rows ? cache_row(self.p, r).length : 0;
+  int64_t token[kRows], position[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t q = clamp_index(request[r], self.p.requests);
+    token[r] = r < self.rows ? self.p.tokens[q] : 0;
+    position[r] = r < self.rows ? self.p.positions[q] : 0;
+  }
   CacheRow cached[Worker<kHeads, kRows>::kWarpRows];  // of the rows that this warp finishes
 #pragma unroll
   for (int i = 0; i < Worker<kHeads, kRows>::kWarpRows; ++i) {
@@ -64,65 +74,57 @@ __device__ __forceinline__ void consume(Worker<kHeads, kRows>& self, uint64_t* a
       if (self.lane < 8) self.rotary[row * 8 + self.lane] = value;
     }
   }
-  const bf16* input_norm = static_cast<const bf16*>(self.p.input_norm) + 8 * self.cta + self.lane % 8;
-  const bf16* post_norm = static_cast<const bf16*>(self.p.post_norm) + 8 * self.cta + self.lane % 8;
-  const bf16* final_norm = static_cast<const bf16*>(self.p.norm) + 8 * self.cta + self.lane % 8;
+  embed(self, token, position);
+  const int own = 8 * self.cta + 2 * (self.lane % 4);  // of the residuals, the two that this lane of warp 0 finishes
+  const bf16* input_norm = static_cast<const bf16*>(self.p.input_norm) + own;
+  const bf16* post_norm = static_cast<const bf16*>(self.p.post_norm) + own;
+  const bf16* final_norm = static_cast<const bf16*>(self.p.norm) + own;
 
 #pragma unroll 1
   for (int layer = 0; layer < layers; ++layer) {
     // Long before they are used: these come from memory.
-    const bf16 gain_post = post_norm[layer * S::hidden];
-    const bf16 gain_next = layer + 1 < layers ? input_norm[(layer + 1) * S::hidden] : *final_norm;
+    const uint32_t gain_post = *reinterpret_cast<const uint32_t*>(post_norm + layer * S::hidden);
+    const uint32_t gain_next =
+        *reinterpret_cast<const uint32_t*>(layer + 1 < layers ? input_norm + (layer + 1) * S::hidden : final_norm);
     {
-      uint32_t w[3][16];
-      self.template fetch<3>(0, 2 * self.warp, w);
-      if (layer == 0) {
-        embed(self);
-      } else {
-        receive_inputs(self, M::x_down);
-      }
+      QkvWeights w;
+      self.template fetch<3>([&] { return load_weights(self, w); });
+      if (layer > 0) receive_inputs(self, M::x_down);
       ++self.tag;
-      multiply_qkv(self, w);
-      store_squares<S::row_a>(self, self.sums_a);
+      multiply(self, w);
     }
     self.synchronize();
-    send_heads(self, layer, cached);
+    uint32_t words[Worker<kHeads, kRows>::kWarpRows];
+    send_heads(self, words);
     attend(self, layer);
     self.synchronize();
     send_part(self, layer);
+    append(self, layer, cached, words);
     {
-      uint32_t w[1][16];
-      self.template fetch<1>(0, 2 * self.warp, w);
+      OutWeights w;
+      self.template fetch<1>([&] { return load_weights(self, w); });
       receive_parts(self, layer);
-      multiply_out(self, w);
+      multiply(self, w);
       if (layer + 1 == layers && self.lane == 0) sm90::barrier_arrive(attended);
     }
     self.synchronize();
     send_residual<S::row_a>(self, self.sums_a, M::x_out, gain_post);
     {
-      uint32_t w[8][16];
-      self.template fetch<8>(0, 2 * self.warp, w);
+      TileWeights w;
+      self.template fetch<8>([&] { return load_weights(self, w); });
       receive_inputs(self, M::x_out);
-      multiply_eight(self, w);
-      store_squares<S::row_b>(self, self.sums_b);
+      multiply(self, w);
     }
     self.synchronize();
     send_gated(self);
     {
-      uint32_t w[8 / S::down_blocks][8 * S::down_blocks];
-      self.template fetch<4>(8 * self.warp / S::heads, 8 * self.warp % S::heads, w);
+      DownWeights w;
+      self.template fetch<4>([&] { return load_weights(self, w); });
       float d[4][4] = {};
 #pragma unroll
-      for (int pass = 0; pass < S::passes; ++pass) {
-        receive_gated(self, pass);
-#pragma unroll
-        for (int i = 0; i < 16 / S::passes; ++i) {
-          const uint4 x = load_inputs<S>(self.staging, S::gated_words, i, self.lane);
-          const int s = 2 * (pass * 16 / S::passes + i);
-          constexpr int kSteps = 4 * S::down_blocks;
-          multiply(d[s % 4], w[s / kSteps], s % kSteps, x.x, x.y);
-          multiply(d[s % 4 + 1], w[s / kSteps], s % kSteps + 1, x.z, x.w);
-        }
+      for (int half = 0; half < 2; ++half) {
+        if (half < S::passes) receive_gated(self, half);
+        multiply(self, w, half, d);
         __syncwarp();
       }
       store_down(self, d);

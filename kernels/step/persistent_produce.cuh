@@ -14,16 +14,12 @@ __device__ __forceinline__ void produce(const PersistentArgs& args, Ring<Persist
 
   Ring<S> landed = ring;  // the oldest stage that may still be under way when the next is asked for
   int asked = 0;
-  uint32_t last = cycles() - args.pace;
   auto acquire = [&](uint32_t bytes) {
     barrier_wait(ring.empty + ring.slot, ring.parity ^ 1);
-    if (++asked > args.in_flight) {
+    if (++asked > S::in_flight) {
       landed.wait_full(0);
       landed.advance(1);
     }
-    while (cycles() - last < args.pace) {
-    }
-    last = cycles();
     uint64_t* barrier = ring.full + ring.slot;
     sm90::barrier_expect(barrier, bytes);
     return barrier;

@@ -5,82 +5,151 @@
 
 namespace vivace::step {
 
+/// The sums of squares of this warp's inputs. Between products and the first use of them: they are under way meanwhile.
+template <int kStride, int kHeads, int kRows>
+__device__ __forceinline__ void store_squares(const Worker<kHeads, kRows>& self, float* sums) {
+  float square[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) square[r] = self.squares[r];
+#pragma unroll
+  for (int m = 1; m < 32; m *= 2) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) square[r] += __shfl_xor_sync(0xffffffffu, square[r], m);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (self.lane == 0) sums[(self.warp * kRows + r) * kStride + kStride - 1] = square[r];
+  }
+}
+
+/// A matrix's part of a warp: operands A, 16 outputs or twice 8 x 16 inputs each, and their products with the staged inputs.
+/// Where a CTA has 8 outputs of a matrix, A holds two parts of the inputs, and B has them in columns of their own.
+struct QkvWeights {
+  uint32_t qk[8][4], v[4][4];
+};
 template <int kHeads, int kRows>
-__device__ __forceinline__ void multiply_qkv(const Worker<kHeads, kRows>& self, const uint32_t (&w)[3][16]) {
-  const int lane = self.lane;
+__device__ __forceinline__ uint32_t load_weights(const Worker<kHeads, kRows>& self, QkvWeights& w) {
+  const uint32_t inputs = 2048 * self.warp;
+  return load_weights(self.ring.address(0) + inputs, self.ring.address(1) + inputs, self.lane, w.qk) |
+         load_weights(self.ring.address(2) + inputs, self.ring.address(2) + inputs + 1024, self.lane, w.v);
+}
+template <int kHeads, int kRows>
+__device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, const QkvWeights& w) {
   using S = PersistentShape<kHeads, kRows>;
   float qk[2][4] = {}, v[2][4] = {};
+  const uint32_t* inputs = staged_inputs<S, true>(self.staging, 64, 32, self.lane);
+  const uint32_t* rest = staged_inputs<S, false>(self.staging, 64, 0, self.lane);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint4 x = load_inputs<S>(self.staging, 64, i, lane);
-    multiply(qk[0], w[0], w[1], 2 * i, x.x, x.y);
-    multiply(v[0], w[2], 2 * i, x.x, x.y);
-    multiply(qk[1], w[0], w[1], 2 * i + 1, x.z, x.w);
-    multiply(v[1], w[2], 2 * i + 1, x.z, x.w);
+    const uint4 x = load_inputs(i < 2 ? inputs : rest, i);
+    ptx::mma_m16n8k16<bf16>(qk[0], w.qk[2 * i], x.x, x.y);
+    if (i < 2) ptx::mma_m16n8k16<bf16>(v[0], w.v[2 * i], x.x, x.y);
+    ptx::mma_m16n8k16<bf16>(qk[1], w.qk[2 * i + 1], x.z, x.w);
+    if (i < 2) ptx::mma_m16n8k16<bf16>(v[1], w.v[2 * i + 1], x.z, x.w);
   }
+  store_squares<S::row_a>(self, self.sums_a);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     qk[0][i] += qk[1][i];
     v[0][i] += v[1][i];
   }
-  store_sums<S, S::row_a, true>(self.sums_a, self.warp, lane, 0, qk[0]);
-  store_sums<S, S::row_a, false>(self.sums_a, self.warp, lane, 16, v[0]);
+  fold<S>(v[0]);
+  store_sums<S, S::row_a, true>(self.sums_a, self.warp, self.lane, 0, qk[0]);
+  store_sums<S, S::row_a, false>(self.sums_a, self.warp, self.lane, 16, v[0]);
 }
 
+struct OutWeights {
+  uint32_t w[4][4];
+};
 template <int kHeads, int kRows>
-__device__ __forceinline__ void multiply_out(const Worker<kHeads, kRows>& self, const uint32_t (&w)[1][16]) {
-  const int lane = self.lane;
+__device__ __forceinline__ uint32_t load_weights(const Worker<kHeads, kRows>& self, OutWeights& w) {
+  const uint32_t inputs = self.ring.address(0) + 2048 * self.warp;
+  return load_weights(inputs, inputs + 1024, self.lane, w.w);
+}
+template <int kHeads, int kRows>
+__device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, const OutWeights& w) {
   using S = PersistentShape<kHeads, kRows>;
   float d[4][4] = {};
+  const uint32_t* inputs = staged_inputs<S, true>(self.staging, 64, 32, self.lane);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint4 x = load_inputs<S>(self.staging, 64, i, lane);
-    multiply(d[i], w[0], 2 * i, x.x, x.y);
-    multiply(d[i], w[0], 2 * i + 1, x.z, x.w);
+  for (int i = 0; i < 2; ++i) {
+    const uint4 x = load_inputs(inputs, i);
+    ptx::mma_m16n8k16<bf16>(d[2 * i], w.w[2 * i], x.x, x.y);
+    ptx::mma_m16n8k16<bf16>(d[2 * i + 1], w.w[2 * i + 1], x.z, x.w);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) d[0][i] = (d[0][i] + d[1][i]) + (d[2][i] + d[3][i]);
-  store_sums<S, S::row_a, false>(self.sums_a, self.warp, lane, 0, d[0]);
+  fold<S>(d[0]);
+  store_sums<S, S::row_a, false>(self.sums_a, self.warp, self.lane, 0, d[0]);
 }
 
-/// Outputs of eight tiles to sums_b (warps, rows, 64).
+/// Eight tiles, of gate and up or of the head; sums to sums_b (warps, rows, 64).
+struct TileWeights {
+  uint32_t w[4][8][4];
+};
 template <int kHeads, int kRows>
-__device__ __forceinline__ void multiply_eight(const Worker<kHeads, kRows>& self, const uint32_t (&w)[8][16]) {
-  const int lane = self.lane;
+__device__ __forceinline__ uint32_t load_weights(const Worker<kHeads, kRows>& self, TileWeights& w) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const uint32_t inputs = 2048 * self.warp;
+    bits |= load_weights(self.ring.address(2 * n) + inputs, self.ring.address(2 * n + 1) + inputs, self.lane, w.w[n]);
+  }
+  return bits;
+}
+template <int kHeads, int kRows>
+__device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, const TileWeights& w) {
   using S = PersistentShape<kHeads, kRows>;
   float d[4][4] = {};
+  const uint32_t* inputs = staged_inputs<S, false>(self.staging, 64, 0, self.lane);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint4 x = load_inputs<S>(self.staging, 64, i, lane);
+    const uint4 x = load_inputs(inputs, i);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) multiply(d[n], w[2 * n], w[2 * n + 1], 2 * i, x.x, x.y);
+    for (int n = 0; n < 4; ++n) ptx::mma_m16n8k16<bf16>(d[n], w.w[n][2 * i], x.x, x.y);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) multiply(d[n], w[2 * n], w[2 * n + 1], 2 * i + 1, x.z, x.w);
+    for (int n = 0; n < 4; ++n) ptx::mma_m16n8k16<bf16>(d[n], w.w[n][2 * i + 1], x.z, x.w);
   }
+  store_squares<S::row_b>(self, self.sums_b);
 #pragma unroll
-  for (int n = 0; n < 4; ++n) store_sums<S, S::row_b, true>(self.sums_b, self.warp, lane, 16 * n, d[n]);
+  for (int n = 0; n < 4; ++n) store_sums<S, S::row_b, true>(self.sums_b, self.warp, self.lane, 16 * n, d[n]);
 }
 
+/// Down, whose inputs are received and multiplied in halves of 256 where there are many rows; sums are the same.
+struct DownWeights {
+  uint32_t w[2][8][4];  // half, steps of 16 of its first 128 inputs and, below, of its other 128
+};
+template <int kHeads, int kRows>
+__device__ __forceinline__ uint32_t load_weights(const Worker<kHeads, kRows>& self, DownWeights& w) {
+  using S = PersistentShape<kHeads, kRows>;
+  uint32_t bits = 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int block = 8 * self.warp + 4 * half;  // of 64 inputs; a stage has as many as there are heads
+    const uint32_t inputs = self.ring.address(block / S::heads) + block % S::heads * 1024;
+    bits |= load_weights(inputs, inputs + 2048, self.lane, w.w[half]);
+  }
+  return bits;
+}
+template <int kHeads, int kRows>
+__device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, const DownWeights& w, int half,
+                                         float (&d)[4][4]) {
+  using S = PersistentShape<kHeads, kRows>;
+  const uint32_t* inputs = staged_inputs<S, true>(self.staging, S::gated_words, 64, self.lane);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint4 x = load_inputs(inputs, (S::passes == 1 ? 8 * half : 0) + i);
+    ptx::mma_m16n8k16<bf16>(d[2 * i % 4], w.w[half][2 * i], x.x, x.y);
+    ptx::mma_m16n8k16<bf16>(d[2 * i % 4 + 1], w.w[half][2 * i + 1], x.z, x.w);
+  }
+}
 template <int kHeads, int kRows>
 __device__ __forceinline__ void store_down(const Worker<kHeads, kRows>& self, float (&d)[4][4]) {
-  const int lane = self.lane;
   using S = PersistentShape<kHeads, kRows>;
 #pragma unroll
   for (int i = 0; i < 4; ++i) d[0][i] = (d[0][i] + d[1][i]) + (d[2][i] + d[3][i]);
-  store_sums<S, S::row_c, false>(self.sums_c, self.warp, lane, 0, d[0]);
-}
-
-/// The inputs' sums of squares, of this warp's share; after the product, which does not wait for them.
-template <int kStride, int kHeads, int kRows>
-__device__ __forceinline__ void store_squares(const Worker<kHeads, kRows>& self, float* sums) {
-  const int lane = self.lane;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    float square = self.squares[r];
-#pragma unroll
-    for (int m = 2; m < 32; m *= 2) square += __shfl_xor_sync(0xffffffffu, square, m);
-    if (lane == 0) sums[(self.warp * kRows + r) * kStride + kStride - 1] = square;
-  }
+  fold<S>(d[0]);
+  store_sums<S, S::row_c, false>(self.sums_c, self.warp, self.lane, 0, d[0]);
 }
 
 }  // namespace vivace::step

@@ -41,15 +41,15 @@ __device__ __forceinline__ void store_packet(uint2* p, uint32_t x, uint32_t tag)
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
-/// %clock
-__device__ __forceinline__ uint32_t cycles() {
-  uint32_t now;
-  asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
-  return now;
+/// x, but the compiler does not know: what is computed from it is not kept in registers from layer to layer.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
-/// trap: ends the grid with an error.
-__device__ __forceinline__ void fail() { asm volatile("trap;"); }
+/// Ends the grid with an error, an illegal address. Not by `trap`: with one anywhere in a kernel, ptxas (13.0) does not give
+/// the consumers the registers of setmaxnreg, but spills.
+__device__ __forceinline__ void fail() { asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory"); }
 
 /// Ends a wait that can only be a deadlock: some seconds.
 struct Watchdog {

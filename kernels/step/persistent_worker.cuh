@@ -22,9 +22,9 @@ struct Worker {
   float* probe_lse;  // (probes, rows)
   float* residuals;  // (rows, 8), of outputs 8 * cta ...: in shared memory, as the registers are needed for weights
   float* rotary;     // (rows, 8): cosines and sines of this CTA's four rotary pairs
-  const int warp, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp, lane = static_cast<int>(threadIdx.x & 31u);
   const int cta = static_cast<int>(blockIdx.x), head = cta / S::group, part = cta % S::group;
-  const int rows = static_cast<int>(p.rows);
+  const int rows = kRows <= 2 ? kRows : static_cast<int>(p.rows);  // a kernel of up to 2 rows has as many
   uint32_t tag = 0;
   int lengths[kRows];    // old keys of each row
   float squares[kRows];  // a lane's part of the sums of squares of the inputs
@@ -37,11 +37,11 @@ struct Worker {
     __syncwarp();
     sm90::named_barrier_sync(1, kThreads);
   }
-  /// The next kStages stages to registers, as load_weights has them, and the stages back to the producer.
-  template <int kStages, int kTiles, int kWords>
-  __device__ __forceinline__ void fetch(int first, int block, uint32_t (&w)[kTiles][kWords]) {
+  /// The next kStages stages to registers, as `load` does it, and the stages back to the producer.
+  template <int kStages, typename Load>
+  __device__ __forceinline__ void fetch(const Load& load) {
     ring.template wait_full<kStages>();
-    ring.template release<kStages>(lane, load_weights(ring, first, block, lane, w) & zero);
+    ring.template release<kStages>(lane, load() & zero);
   }
   __device__ __forceinline__ int length_of(int row) const {
     int length = lengths[0];

@@ -197,7 +197,9 @@ def attention_with_kvcache(
     compiling = torch.compiler.is_compiling()
     if compiling or not (q.is_contiguous() and _contiguous_or_none(k) and _contiguous_or_none(v)):
         q, k, v = map(_last_contiguous, (q, k, v))
-    # As in `attention`: what is as it is anyway is not handed over.
+    # As in `attention`: what is as it is anyway is not handed over. One query sees every key, causal or not.
+    if causal and rotary_cos is None and cu_seqlens_q is None and q.dim() == 4 and q.shape[1] == 1:
+        causal = False
     options = ()
     if not (
         probe is None
@@ -491,7 +493,8 @@ def decode_step(
         eps: of the norms.
         probes: float32 (probes, at least rows, 1, width) or None: receives the attention probabilities of single heads
             over the keys, 0 beyond them. probe_layers, probe_heads: which; at most 8.
-        family: 0: the fastest for so many rows, 1: one persistent kernel, 2: a chain of kernels.
+        family: 0: the fastest for so many rows, 1: one persistent kernel for few rows, 2: a chain of kernels, 3: one
+            persistent kernel for many rows, whose halves take turns ("split").
 
     Returns:
         float32 (rows, vocab). Not differentiable.
@@ -546,8 +549,8 @@ def decode_step_workspace(
 
 
 def decode_step_kernel() -> str:
-    """The implementation that this thread's last decode_step ran on: "cpu", "step_persistent" or "step_chain"; ""
-    before the first."""
+    """The implementation that this thread's last decode_step ran on: "cpu", "step_persistent", "step_chain" or
+    "step_split"; "" before the first."""
     return _ops.decode_step_kernel()
 
 

@@ -58,10 +58,11 @@ def attention_with_kvcache(
         bounds_new = [b * seqlen_new for b in range(batch + 1)]
     else:
         bounds_new = bounds
-    pages = None if block_table is None else block_table.tolist()
     row_of = list(range(batch)) if cache_batch_idx is None else cache_batch_idx.tolist()
     page_size = k_cache.shape[1]
     capacity = page_size * block_table.shape[1] if block_table is not None else k_cache.shape[1]
+    lengths = [capacity] * batch if cache_seqlens is None else cache_seqlens.tolist()
+    pads = [0] * batch if cache_leftpad is None else cache_leftpad.tolist()
     k_after, v_after = k_cache.clone(), v_cache.clone()
     heads, dim_v = q.shape[-2], v_cache.shape[-1]
     out = torch.zeros(bounds[-1], heads, dim_v, dtype=compute, device=q.device)
@@ -70,18 +71,20 @@ def attention_with_kvcache(
         torch.zeros(batch, probe_rows, capacity, dtype=softmax_dtype(compute), device=q.device) if probe_rows else None
     )
 
-    def place(b, j):
-        """Where key j of batch entry b lies: (row or page, row within it)."""
-        return (row_of[b], j) if pages is None else (pages[b][j // page_size], j % page_size)
+    def places(b, start, end):
+        """Where keys [start, end) of batch entry b lie: rows or pages, rows within them."""
+        j = torch.arange(start, end, device=k_cache.device)
+        if block_table is None:
+            return torch.full_like(j, row_of[b]), j
+        return block_table[b].long()[j // page_size], j % page_size
 
     for b in range(batch):
         rows = slice(bounds[b], bounds[b + 1])
         n_q = rows.stop - rows.start
-        before = capacity if cache_seqlens is None else int(cache_seqlens[b])
+        before = lengths[b]
         query = flat["q"][rows].to(compute)
-        places = [place(b, j) for j in range(before)]
-        keys = gather(k_cache, places).to(compute)
-        values = gather(v_cache, places).to(compute)
+        keys = k_cache[places(b, 0, before)].to(compute)
+        values = v_cache[places(b, 0, before)].to(compute)
         if rotary_cos is not None:
             at = torch.full((n_q,), before, device=q.device)
             if causal or window_left >= 0 or window_right >= 0:
@@ -93,14 +96,13 @@ def attention_with_kvcache(
             if rotary_cos is not None:
                 at = before + torch.arange(new.stop - new.start, device=q.device)
                 k_new = rotary_embedding(k_new, rotary_cos, rotary_sin, at, rotary_interleaved, compute=compute)
-            for t in range(new.stop - new.start):
-                page, row = place(b, before + t)
-                k_after[page, row] = k_new[t].to(k_cache.dtype)
-                v_after[page, row] = v_new[t]
+            at = places(b, before, before + new.stop - new.start)
+            k_after[at] = k_new.to(k_cache.dtype)
+            v_after[at] = v_new
             keys = torch.cat([keys, k_new.to(compute)])
             values = torch.cat([values, v_new.to(compute)])
         # A padding on the left shortens the sequence at its front: positions relative to its end stay.
-        pad = 0 if cache_leftpad is None else min(int(cache_leftpad[b]), keys.shape[0])
+        pad = min(pads[b], keys.shape[0])
         slopes = alibi_slopes[b : b + 1] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
         rows_out, rows_lse, p = attention(
             query[None],
@@ -125,10 +127,3 @@ def attention_with_kvcache(
         out = out.view(batch, -1, heads, dim_v) if bounds[-1] else out.view(batch, seqlen_q, heads, dim_v)
         lse = lse.view(heads, batch, seqlen_q).transpose(0, 1)
     return CacheResult(out, lse, k_after, v_after, probe)
-
-
-def gather(cache, places):
-    if not places:
-        return cache.new_zeros(0, *cache.shape[2:])
-    page, row = zip(*places, strict=True)
-    return cache[torch.tensor(page, device=cache.device), torch.tensor(row, device=cache.device)]

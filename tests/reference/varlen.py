@@ -9,9 +9,8 @@ from .attention import attention, softmax_dtype
 
 def gather_pages(pages, table, length):
     """The first ``length`` rows of one sequence: row j is row j % page_size of page table[j // page_size]."""
-    page_size = pages.shape[1]
-    rows = [pages[int(table[j // page_size]), j % page_size] for j in range(length)]
-    return torch.stack(rows) if rows else pages.new_zeros(0, *pages.shape[2:])
+    j = torch.arange(length, device=pages.device)
+    return pages[table.long()[j // pages.shape[1]], j % pages.shape[1]]
 
 
 def lengths_of(cu_seqlens, seqused):
@@ -50,7 +49,7 @@ def attention_varlen(
         if block_table is None:
             keys, values = (t[starts_k[b] : starts_k[b] + n_k] for t in (k, v))
         else:
-            keys, values = (gather_pages(t, block_table[b].tolist(), n_k) for t in (k, v))
+            keys, values = (gather_pages(t, block_table[b], n_k) for t in (k, v))
         slopes = alibi_slopes[b : b + 1] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
         rows_out, rows_lse = attention(
             q[rows][None], keys[None], values[None], alibi_slopes=slopes, batch_index=b, compute=compute, **options

@@ -44,6 +44,9 @@ def dense(dtype, dim):
     OPS.attention(q, k, v, causal=True)
     OPS.attention(q, k, v)
     OPS.attention(*map(unaligned, (q, k, v)), window_left=5, window_right=3)
+    many = randn(1, 200, 1, dim, dtype=dtype)  # blocks of keys: every buffer is used again
+    OPS.attention(many[:, :70], many, many)
+    OPS.attention(many[:, :70], many, many, causal=True)
     v[0, 60, 1, 3] = float("nan")  # the sm90 kernel does such a tile twice
     OPS.attention(q, k, v, causal=True)
 
@@ -101,6 +104,9 @@ def kvcache(dtype, dim):
         pages = [randn(24, 64, 2, dim, dtype=dtype) for _ in range(2)]
         table = torch.randperm(24, device="cuda")[:21].int().view(3, 7)
         OPS.attention_with_kvcache(q, *pages, cache_seqlens=lengths, block_table=table, num_splits=num_splits)
+        new = [randn(3, 2, 2, dim, dtype=dtype) for _ in range(2)]  # one row has no room, one room for one
+        OPS.attention_with_kvcache(q, *caches, *new, int32(400, 0, 399), num_splits=num_splits)
+        OPS.attention_with_kvcache(q, *pages, *new, int32(63, 0, 447), block_table=table, num_splits=num_splits)
 
 
 def others(dtype):
@@ -151,7 +157,7 @@ def token_step():
     angle = torch.rand(capacity, dim // 2, device="cuda")
     rows = {2: ((0, 66), (2, 0)), 5: ((0, 66, 1, capacity, 30), (2, 0, -1, 1, 3))}
     ran = 0
-    for family in (1, 2):
+    for family in (1, 2, 3):
         for count, (lengths, cache_rows) in rows.items():
             size = OPS.decode_step_workspace(weights[3], weights[7], weights[9], k, count, False, family)
             if size < 0:
@@ -171,10 +177,10 @@ def main():
     for family, dtype in ((0, torch.bfloat16), (0, torch.float32), (80, torch.float16), (-1, torch.bfloat16)):
         OPS.force_arch(family)
         tensor_cores = family >= 0 and dtype in SIXTEEN_BIT
-        dims = (64, 128) if brief else (64, 40, 96, 128, 192, 256) if tensor_cores else (64, 40)
+        dims = (64, 128, 192) if brief else (64, 40, 96, 128, 192, 256) if tensor_cores else (64, 40)
         for dim in dims:
             for attend in (dense, dense_rich, varlen, kvcache):
-                if brief and attend is dense_rich and dim != 64:
+                if brief and (dim != 64 if attend is dense_rich else dim == 192 and attend is not dense):
                     continue
                 attend(dtype, dim)
                 torch.cuda.synchronize()

@@ -174,7 +174,7 @@ def test_nan_in_a_key_or_value_reaches_only_rows_that_see_it(case):
     assert largest_error(out[1][:, others], clean[1][:, others]) == 0 and largest_error(out[0], clean[0]) == 0
 
 
-@grid("attention_large", cpu=3, cuda=9, head_dim=(64, 128))
+@grid("attention_large", cpu=3, cuda=15, head_dim=(64, 96, 128, 192, 256))
 def test_large_scores_do_not_overflow(case):
     q, k, v = (case.randn(1, s, 2, case.head_dim, scale=scale) for s, scale in ((65, 30.0), (130, 30.0), (130, 1.0)))
     out, lse = check(q, k, v, causal=True)
@@ -260,9 +260,9 @@ def test_a_large_batch_is_accurate_and_has_the_bits_of_each_entry_alone(case):
 @grid(
     "attention_growth",
     cpu=3,
-    cuda=16,
+    cuda=30,
     mask=("full", "causal", "left"),
-    head_dim=(64, 128),
+    head_dim=(64, 96, 128, 192, 256),
     lengths=((700, 700), (130, 900)),
 )
 def test_row_maxima_may_grow_by_far_from_block_to_block(case):
@@ -272,6 +272,18 @@ def test_row_maxima_may_grow_by_far_from_block_to_block(case):
         q, k, v = (case.randn(2, s, 4, case.head_dim) for s in (seqlen_q, seqlen_k, seqlen_k))
         growth = torch.linspace(first, last, seqlen_k, device=k.device)[:, None, None]
         check(q * 4, (k * growth).to(k.dtype), v, **MASKS[case.mask])
+
+
+@grid("attention_rows", cpu=3, cuda=20, mask=("full", "causal", "left"), head_dim=(64, 96, 128, 192, 256))
+def test_large_scores_of_a_row_leave_the_bits_of_all_others(case):
+    """Rows share tiles, in which a maximum that grew makes a kernel look at a block again."""
+    q, k, v = (case.randn(2, s, 4, case.head_dim) for s in (150, 400, 400))
+    clean, clean_lse = OPS.attention(q, k, v, **MASKS[case.mask])
+    q[:, 40] *= 50
+    out, lse = OPS.attention(q, k, v, **MASKS[case.mask])
+    assert not torch.equal(out[:, 40], clean[:, 40])
+    rest = [i for i in range(150) if i != 40]
+    assert torch.equal(out[:, rest], clean[:, rest]) and torch.equal(lse[:, :, rest], clean_lse[:, :, rest])
 
 
 def test_number_of_threads_does_not_change_the_bits():
@@ -297,7 +309,7 @@ def test_inputs_are_left_as_they_are(case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mask", [{"causal": True}, {"window_left": 150, "window_right": 40}], ids=["causal", "window"])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("family", [0, 80], ids=["auto", "sm80"])
 def test_bad_values_reach_no_row_that_does_not_see_them(family, head_dim, mask):
     case = Case(device="cuda", dtype=torch.bfloat16)

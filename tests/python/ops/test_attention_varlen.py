@@ -96,10 +96,11 @@ def test_paged_keys_equal_the_reference(case):
     )
     q = case.randn(sum(lengths_q), heads, case.head_dim)
     k, v = (case.randn(pages, case.page_size, heads_kv, case.head_dim) for _ in range(2))
+    key = torch.arange(table_width * case.page_size)
     for b, n in enumerate(lengths_k):  # what no key may touch
-        for j in range(n, table_width * case.page_size):
-            k[table[b, j // case.page_size], j % case.page_size] = float("nan")
-            v[table[b, j // case.page_size], j % case.page_size] = float("nan")
+        page = table.cpu().long()[b, key // case.page_size]
+        for t in (k, v):
+            t[page[n:].to(case.device), (key % case.page_size)[n:].to(case.device)] = float("nan")
     cu_q, cu_k = cumulative(lengths_q, case.device), cumulative(lengths_k, case.device)
     options = {"block_table": table, "softcap": case.softcap, **MASKS[case.mask]}
     if case.by == "seqused_k":

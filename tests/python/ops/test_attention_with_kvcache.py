@@ -28,17 +28,18 @@ def paged_table(case, batch, width, page_size):
     return torch.randperm(pages)[: batch * width].view(batch, width).int().to(case.device), pages
 
 
-def place(j, row, block_table, page_size):
-    return (row, j) if block_table is None else (int(block_table[row, j // page_size]), j % page_size)
-
-
 def fill_caches(caches, lengths, case, rows=None, block_table=None):
-    page_size = caches[0].shape[1]
+    """Gives the first lengths[b] keys of each batch entry values."""
+    entry = torch.cat([torch.full((n,), b) for b, n in enumerate(lengths)])
+    key = torch.cat([torch.arange(n) for n in lengths])
+    if block_table is not None:
+        page_size = caches[0].shape[1]
+        at = block_table.cpu().long()[entry, key // page_size], key % page_size
+    else:
+        at = entry if rows is None else torch.tensor(rows)[entry], key
+    at = tuple(t.to(case.device) for t in at)
     for cache in caches:
-        for b, n in enumerate(lengths):
-            for j in range(n):
-                at = place(j, b if rows is None else rows[b], block_table, page_size)
-                cache[at] = torch.randn(*cache.shape[2:]).to(cache.dtype)
+        cache[at] = case.randn(len(key), *cache.shape[2:], dtype=cache.dtype)
 
 
 def check(q, k_cache, v_cache, factor=3.0, probe_rows=0, **options):
@@ -77,6 +78,22 @@ def check(q, k_cache, v_cache, factor=3.0, probe_rows=0, **options):
         )
         outside = exact.probe == 0
         assert (probe[outside] == 0).all(), "probe must be 0 past the length and where a key is hidden"
+    return out, lse
+
+
+def check_rows(rows, q, k_cache, v_cache, cache_seqlens, cache_batch_idx=None, block_table=None):
+    """Runs the operator on the whole batch, and holds the batch entries `rows` against the reference."""
+    options = {"cache_seqlens": cache_seqlens, "cache_batch_idx": cache_batch_idx, "block_table": block_table}
+    out, lse = OPS.attention_with_kvcache(q, k_cache, v_cache, **options)
+    assert torch.isfinite(out).all()
+    rows = rows.to(q.device)
+    some = {name: None if t is None else t[rows] for name, t in options.items()}
+    if cache_batch_idx is None and block_table is None:
+        some["cache_batch_idx"] = rows.int()
+    exact = attention_with_kvcache(q[rows], k_cache, v_cache, **some)
+    low = attention_with_kvcache(q[rows], k_cache, v_cache, **some, compute=q.dtype)
+    assert_accurate(out[rows], exact.out, low.out, factor=3.0)
+    assert_lse(lse[rows], exact.lse, lse_slack(None))
     return out, lse
 
 
@@ -373,16 +390,7 @@ def test_few_queries_over_rows_of_lengths_that_differ(case):
     else:
         caches = new_caches(case, batch, capacity, heads_kv, dim)
     caches = [arrange(c, case.layout) for c in caches]
-    rows = torch.cat([torch.full((k,), b) for b, k in enumerate(lengths)])
-    keys = torch.cat([torch.arange(k) for k in lengths])
-    table = options.get("block_table")
-    for cache in caches:
-        values = torch.randn(len(rows), heads_kv, dim).to(cache)
-        if table is None:
-            cache[rows.to(cache.device), keys.to(cache.device)] = values
-        else:
-            pages = table.cpu()[rows, keys // case.page_size].long()
-            cache[pages.to(cache.device), (keys % case.page_size).to(cache.device)] = values
+    fill_caches(caches, lengths, case, None, options.get("block_table"))
     options["k"], options["v"] = (case.randn(batch, n, heads_kv, dim) for _ in range(2))
     check(case.randn(batch, n, heads, dim), *caches, **options)
 
@@ -393,7 +401,7 @@ def test_few_queries_over_rows_of_lengths_that_differ(case):
 def test_a_long_row_beside_short_ones(heads, num_splits):
     case = Case(device="cuda", dtype=torch.bfloat16)
     lengths = [20_000, 5, 300, 0, 1]
-    caches = [case.randn(5, 20_000, heads[1], 64) for _ in range(2)]
+    caches = [torch.randn(5, 20_000, heads[1], 64, device="cuda").to(case.dtype) for _ in range(2)]
     options = {"cache_seqlens": case.int32(lengths), "num_splits": num_splits}
     q = case.randn(5, 1, heads[0], 64)
     out, _ = check(q, *caches, **options)
@@ -422,7 +430,13 @@ def test_many_rows_in_one_batch():
     caches = [case.randn(64, 40, 2, 64) for _ in range(2)]
     lengths = torch.arange(batch, dtype=torch.int32, device="cuda") % 41
     index = (torch.arange(batch, dtype=torch.int32, device="cuda") * 7) % 64
-    check(case.randn(batch, 1, 4, 64), *caches, cache_seqlens=lengths, cache_batch_idx=index)
+    q = case.randn(batch, 1, 4, 64)
+    check_rows(torch.arange(0, batch, 37), q, *caches, cache_seqlens=lengths, cache_batch_idx=index)
+    out, lse = OPS.attention_with_kvcache(q, *caches, cache_seqlens=lengths, cache_batch_idx=index, num_splits=1)
+    for rows in torch.arange(batch, device="cuda").split(1000):
+        options = {"cache_seqlens": lengths[rows], "cache_batch_idx": index[rows], "num_splits": 1}
+        some, some_lse = OPS.attention_with_kvcache(q[rows], *caches, **options)
+        assert torch.equal(some, out[rows]) and torch.equal(some_lse, lse[rows])
 
 
 @grid("kvcache_no_batch", cpu=2, cuda=3)
@@ -529,12 +543,55 @@ def test_more_cache_than_l2_holds(heads, head_dim, page_size):
         options["block_table"] = torch.where(used, table, 2**30)
     caches = [torch.randn(shape, generator=generator, device="cuda").to(case.dtype) for _ in range(2)]
     q = case.randn(batch, 1, heads[0], head_dim)
-    out, lse = OPS.attention_with_kvcache(q, *caches, **options)
-    if page_size is not None:
-        options["block_table"] = table
-    check(q, *caches, **options)
+    out, lse = check_rows(torch.cat([torch.arange(3), torch.arange(3, batch, 11)]), q, *caches, **options)
     again, again_lse = OPS.attention_with_kvcache(q, *caches, **options)
     assert torch.equal(out, again) and torch.equal(lse, again_lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [3, 90])  # in L2, and more than it holds
+@pytest.mark.parametrize("page_size", [None, 64])
+@pytest.mark.parametrize(("heads", "head_dim"), [((16, 16), 64), ((32, 8), 128)])
+def test_what_the_kernels_before_write_is_what_is_read(heads, head_dim, page_size, batch):
+    # On Hopper the kernel starts before those end, and looks ahead at lengths, rows, pages and keys.
+    case = Case(device="cuda", dtype=torch.bfloat16)
+    capacity = 256
+    lengths = (torch.arange(batch, device="cuda") * 37 % (capacity + 1)).int()
+    sources = {"cache_seqlens": lengths}
+    shape = (batch, capacity, heads[1], head_dim)
+    if page_size is None:
+        sources["cache_batch_idx"] = torch.randperm(batch, device="cuda").int()
+    else:
+        width = capacity // page_size
+        sources["block_table"] = torch.randperm(batch * width, device="cuda").int().view(batch, width)
+        shape = (batch * width, page_size, heads[1], head_dim)
+    keys, values = (torch.randn(shape, device="cuda").to(case.dtype) for _ in range(2))
+    q = case.randn(batch, 1, heads[0], head_dim)
+    expected, expected_lse = OPS.attention_with_kvcache(q, keys, values, **sources)
+    k_cache, v_cache = torch.zeros_like(keys), torch.zeros_like(values)
+    options = {name: torch.zeros_like(t) for name, t in sources.items()}
+
+    def step():
+        for source, to in ((keys, k_cache), (values, v_cache), *((sources[n], options[n]) for n in sources)):
+            torch.add(source, 0, out=to)  # a kernel: a copy would not be one
+        return OPS.attention_with_kvcache(q, k_cache, v_cache, **options)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = step()
+    for wrong in (0, -1, 10**9):
+        for name, t in options.items():
+            t.fill_(wrong if name != "cache_seqlens" else abs(wrong))
+        k_cache.fill_(float("nan"))
+        v_cache.fill_(float("nan"))
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
 
 
 @pytest.mark.gpu
@@ -551,6 +608,31 @@ def test_a_probe_beside_few_queries(heads, seqlen_q, head_dim, page_size):
         shape = (pages, page_size, heads[1], head_dim)
     caches = [case.randn(*shape) for _ in range(2)]
     check(case.randn(batch, seqlen_q, heads[0], head_dim), *caches, **options, probe_rows=1, probe_head=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [0, 1, 5])
+@pytest.mark.parametrize("page_size", [None, 64])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("heads", "seqlen_q"), [((4, 4), 1), ((4, 4), 3), ((8, 2), 1), ((8, 1), 1), ((6, 2), 2)])
+def test_new_keys_are_appended_and_seen_wherever_they_fall(heads, seqlen_q, head_dim, page_size, num_splits):
+    case = Case(device="cuda", dtype=torch.bfloat16)
+    capacity = 640
+    for seqlen_new in (1, 3, 8, 9):  # the last one by a kernel of its own
+        lengths = [0, 31, 127, 255, 400, capacity - seqlen_new]
+        options = {"cache_seqlens": case.int32(lengths), "num_splits": num_splits}
+        shape = (len(lengths) + 1, capacity)
+        if page_size is None:
+            rows = [5, 0, 1, 6, 2, 3]
+            options["cache_batch_idx"] = case.int32(rows)
+        else:
+            rows = None
+            options["block_table"], pages = paged_table(case, len(lengths), capacity // page_size, page_size)
+            shape = (pages, page_size)
+        caches = new_caches(case, *shape, heads[1], head_dim)
+        fill_caches(caches, lengths, case, rows, options.get("block_table"))
+        options["k"], options["v"] = (case.randn(len(lengths), seqlen_new, heads[1], head_dim) for _ in range(2))
+        check(case.randn(len(lengths), seqlen_q, heads[0], head_dim), *caches, **options)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from vivace.t3.rotary import rotary_table
 
 from .cases import OPS
 
-FAMILIES = {"auto": 0, "persistent": 1, "chain": 2}
+FAMILIES = {"auto": 0, "persistent": 1, "chain": 2, "split": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,19 +214,36 @@ def test_a_step_of_the_real_shape_equals_the_reference(lengths):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(15, 17), (16, 511, 513), (0, 512, 1024, 1025), (2047, 2300)], ids=str)
+def test_lengths_around_the_ends_of_groups_and_parts_equal_the_reference(lengths):
+    """The persistent kernel reads 16 keys at a time, 256 at once, and splits a row at 512, 1,024 and 2,048."""
+    model = Model(dataclasses.replace(T3, layers=2), torch.bfloat16, "cuda", 2304, len(lengths) + 1)
+    check_step(model, make_state(model, list(lengths)), family=1)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("requests", [1, 7, 20, 64])
-def test_a_step_of_many_rows_of_the_real_shape_equals_the_reference(requests):
+@pytest.mark.parametrize("family", [0, 2, 3])
+def test_a_step_of_many_rows_of_the_real_shape_equals_the_reference(requests, family):
     shape = dataclasses.replace(T3, layers=2)
     model = Model(shape, torch.bfloat16, "cuda", 600, 2 * requests)
     lengths = torch.randint(1, 590, (requests,)).tolist()
-    check_step(model, make_state(model, lengths + lengths, guided=range(requests)))
+    check_step(model, make_state(model, lengths + lengths, guided=range(requests)), family)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [65, 66, 127, 128])
+def test_many_rows_of_mixed_lengths_equal_the_reference(rows):
+    model = Model(dataclasses.replace(T3, layers=1), torch.bfloat16, "cuda", 3008, rows)
+    lengths = [0, 1, 2999, *torch.randint(0, 3000, (rows - 3,)).tolist()]
+    check_step(model, make_state(model, lengths))
 
 
 def test_a_row_alone_gives_the_bits_that_it_gives_among_others(target):
     device, family = target
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     shape, capacity = (TINY, 90) if device == "cpu" else (dataclasses.replace(T3, layers=2), 1024)
-    counts = (2, 3, 9) if device == "cpu" else (2, 3, 4) if family == 1 else (2, 8, 40, 128)
+    counts = (2, 3, 9) if device == "cpu" else (2, 3, 4) if family == 1 else (2, 8, 40, 128, 150)
     if family == 0 and device == "cuda":
         pytest.skip("bits are promised within one family")
     model = Model(shape, dtype, device, capacity, max(counts))
@@ -467,7 +484,7 @@ ERRORS = {
     },
     "workspace is float32, expected uint8": {"workspace": torch.zeros(4)},
     "eps is -1": {"eps": -1.0},
-    "family is 3": {"family": 3},
+    "family is 4": {"family": 4},
     "probes has 1 heads, probe_layers names 0": {"probes": torch.zeros(1, 3, 1, 9)},
     "probe_heads[0] is 2, there are 2 heads": {
         "probes": torch.zeros(1, 3, 1, 9),

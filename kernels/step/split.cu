@@ -1,0 +1,127 @@
+// Launcher of the split token step: what it covers, its workspace and its tensor maps.
+#include <algorithm>
+#include <initializer_list>
+
+#include "kernels/common/tensor_map.h"
+#include "kernels/step/launch.h"
+#include "kernels/step/split.cuh"
+
+namespace vivace {
+namespace {
+
+using namespace split;
+
+bool encode(CUtensorMap& map, DType dtype, const void* data, std::initializer_list<int64_t> sizes,
+            std::initializer_list<int64_t> strides, std::initializer_list<int> box) {
+  cuuint64_t size[5], stride[5];
+  cuuint32_t boxes[5], element_strides[5] = {1, 1, 1, 1, 1};
+  std::copy(sizes.begin(), sizes.end(), size);
+  std::copy(strides.begin(), strides.end(), stride);
+  std::copy(box.begin(), box.end(), boxes);
+  const auto type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return sm90::encode_tiled()(&map, type, static_cast<cuuint32_t>(sizes.size()), const_cast<void*>(data), size, stride,
+                              boxes, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+/// A matrix (outputs, inputs) in boxes of `rows` outputs and `groups` groups of 64 inputs.
+bool encode_matrix(CUtensorMap& map, DType dtype, const void* data, int64_t outputs, int64_t inputs, int rows, int groups) {
+  return encode(map, dtype, data, {64, outputs, inputs / 64}, {inputs * 2, 128}, {64, rows, groups});
+}
+
+template <typename T, int kHeads>
+cudaError_t launch(const StepParams& p, cudaStream_t stream) {
+  using S = Shape<kHeads>;
+  using L = Layout<kHeads>;
+  Args args;
+  args.p = p;
+  int device = 0, multiprocessors = 0;
+  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  args.attentions = multiprocessors / 2 * 2 - S::products;
+  const int64_t row = S::hidden * 2;
+  const auto activations = [&](CUtensorMap(&maps)[2], size_t at, int64_t columns) {
+    bool done = true;
+    for (int half = 0; half < 2; ++half) {
+      done = done && encode(maps[half], p.dtype, static_cast<char*>(p.workspace) + half * L::half + at,
+                            {64, kHalf, columns / 64}, {columns * 2, 128}, {64, kHalf, S::group});
+    }
+    return done;
+  };
+  // Fours of outputs: i and 32 + i of a head, a rotary pair, of q, k and v in one box. Gate and up: 32 of both, twice.
+  if (!encode(args.qkv, p.dtype, p.qkv, {S::hidden, 4, 2, 3, p.layers * 3 * S::hidden / 4},
+              {row, 32 * row, S::hidden * row, 4 * row}, {64, 4, 2, 3, 1}) ||
+      !encode(args.gate_up, p.dtype, p.gate_up, {S::hidden, 32, 2, S::intermediate / 32, p.layers},
+              {row, S::intermediate * row, 32 * row, 2 * S::intermediate * row}, {64, 32, 2, 2, 1}) ||
+      !encode_matrix(args.out, p.dtype, p.out, p.layers * S::hidden, S::hidden, 16, std::min(8, S::blocks)) ||
+      !encode_matrix(args.down, p.dtype, p.down, p.layers * S::hidden, S::intermediate, 64, 2) ||
+      !encode_matrix(args.head, p.dtype, p.head, p.vocab, S::hidden, 64, 2) || !activations(args.x, L::x, S::hidden) ||
+      !activations(args.attention, L::attention, S::hidden) || !activations(args.gated, L::gated, S::intermediate)) {
+    return cudaErrorInvalidValue;
+  }
+  const auto kernel = split_kernel<T, kHeads>;
+  constexpr size_t kBytes = kSharedBytes<S>;
+  static_assert(kBytes <= 227 * 1024);
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kBytes));
+  if (status != cudaSuccess) return status;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeCooperative;  // all CTAs at once, or an error
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = 2;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(S::products + args.attentions);
+  config.blockDim = dim3(S::threads);
+  config.dynamicSmemBytes = kBytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+/// A head's keys are contiguous, and rows of all caches 16-byte aligned.
+bool is_streamable(const int64_t (&stride)[4]) {
+  return stride[2] == 64 && stride[0] % 8 == 0 && stride[1] % 8 == 0 && stride[3] % 8 == 0;
+}
+
+}  // namespace
+
+bool step_split_supported(const StepParams& p) {
+  if ((p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) || p.arch < 90 || p.arch >= 100 || p.rows < 1)
+    return false;
+  if (p.heads != 16 || p.head_dim != 64 || p.heads_kv != p.heads || p.hidden != 64 * p.heads ||
+      p.intermediate != 4 * p.hidden)
+    return false;
+  if (p.layers < 1 || p.layers > (1 << 14) || p.vocab < 1 || p.vocab > (1 << 24) || p.capacity > (1 << 24)) return false;
+  if (!is_streamable(p.k_stride) || !is_streamable(p.v_stride) || p.probe_count > StepParams::kMaxProbes) return false;
+  int device = 0, major = 0, minor = 0, multiprocessors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  return major == 9 && minor == 0 && multiprocessors >= 6 * p.heads && sm90::encode_tiled() != nullptr;
+}
+
+size_t step_split_workspace(const StepParams&) { return Layout<16>::bytes; }
+
+cudaError_t step_split(const StepParams& params, cudaStream_t stream) {
+  if (!step_split_supported(params) || params.workspace_bytes < step_split_workspace(params)) return cudaErrorInvalidValue;
+  StepParams p = params;
+  const int64_t launches = (params.rows + kMaxRows - 1) / kMaxRows, most = (params.rows + launches - 1) / launches;
+  for (int64_t first = 0; first < params.rows; first += most) {
+    p.rows = std::min(most, params.rows - first);
+    p.row_request = params.row_request + first;
+    p.cache_seqlens = params.cache_seqlens + first;
+    p.cache_batch_idx = params.cache_batch_idx + first;
+    p.logits = params.logits + first * params.vocab;
+    p.probes = params.probes == nullptr ? nullptr : params.probes + first * params.probe_capacity;
+    const cudaError_t status =
+        p.dtype == DType::kFloat16 ? launch<__half, 16>(p, stream) : launch<__nv_bfloat16, 16>(p, stream);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace vivace

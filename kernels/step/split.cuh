@@ -1,0 +1,94 @@
+// The split token step: one persistent kernel for many rows, whose CTAs have two roles.
+//
+// The rows are two halves. While the CTAs that attend read the keys and values of one half in a layer, which is all that
+// memory can give, the others multiply for the other half: out, gate_up, down, and qkv of the next layer. Then the halves
+// change places. So memory does not wait for what the CTAs of a product tell each other, nor those for memory. Each role has
+// a thread or two that stream what no kernel of the step writes through a ring in shared memory, ahead of everything and
+// without a word from anybody: keys and values, or weights, which the second half finds in L2.
+//
+//   half 0   | qkv 0 |     | attention 0 | products 0 | attention 1 | products 1 | ...
+//   half 1   |       | qkv 0 |           | attention 0 | products 0 | attention 1 | ...
+//
+// What CTAs tell each other goes through L2: what is written, then a counter.
+#pragma once
+
+#include "kernels/step/split_attention.cuh"
+#include "kernels/step/split_load.cuh"
+#include "kernels/step/split_products.cuh"
+
+namespace vivace::split {
+
+/// A CTA that attends: a warpgroup a row and a head at a time, one thread a warpgroup that streams keys and values.
+template <typename T, typename S>
+__device__ __forceinline__ void attend(const Cta<S>& cta, int warp, int lane) {
+  const AttentionCta<S> c(cta, dynamic_shared());
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2 * S::attention_stages; ++i) {
+      sm90::barrier_init(&c.shared.full[i % 2][i / 2], 1);
+      sm90::barrier_init(&c.shared.empty[i % 2][i / 2], 4);
+    }
+    sm90::barrier_init(&c.shared.queries[0], 1);
+    sm90::barrier_init(&c.shared.queries[1], 1);
+    sm90::barrier_init_fence();
+  }
+  c.read_lengths();
+  __syncthreads();
+  c.sort();
+  __syncthreads();
+  if (warp < 8) {
+    sm90::registers_increase<224>();
+    Attention<T, S> attention(c, warp / 4, warp % 4, lane);
+    Position ring;
+    for (int layer = 0; layer < static_cast<int>(c.args.p.layers); ++layer) {
+      for (int half = 0; half < 2; ++half) {
+        barrier_wait(&c.shared.queries[half], layer % 2);
+        attention.run(layer, half, ring);
+      }
+    }
+  } else {
+    sm90::registers_decrease<56>();
+    if (warp < 10 && lane == 0) stream_keys(c, warp - 8);
+    if (warp == 10 && lane == 0) watch_queries(c);
+  }
+}
+
+/// A CTA that multiplies: two warpgroups, one thread that streams weights and one that loads activations.
+template <typename T, typename S>
+__device__ __forceinline__ void multiply(const Cta<S>& cta, int warp, int lane) {
+  const ProductCta<S> c(cta, dynamic_shared());
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::stages; ++i) {
+      sm90::barrier_init(&c.shared.full[i], 1);
+      sm90::barrier_init(&c.shared.empty[i], 8);
+    }
+    for (int i = 0; i < S::groups; ++i) {
+      sm90::barrier_init(&c.shared.x_full[i], 1);
+      sm90::barrier_init(&c.shared.x_empty[i], 8);
+    }
+    sm90::barrier_init(&c.shared.ready, 1);
+    sm90::barrier_init_fence();
+  }
+  __syncthreads();
+  if (warp < 8) {
+    sm90::registers_increase<224>();
+    Products<T, S>(c, warp / 4, warp % 4, lane).run();
+  } else {
+    sm90::registers_decrease<56>();
+    if (warp == 8 && lane == 0) stream_weights(c);
+    if (warp == 9 && lane == 0) load_activations(c);
+  }
+}
+
+template <typename T, int kHeads>
+__global__ void __launch_bounds__(384, 1) split_kernel(const __grid_constant__ Args args) {
+  using S = Shape<kHeads>;
+  const Cta<S> c(args);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
+  if (c.attends) {
+    attend<T>(c, warp, lane);
+  } else {
+    multiply<T>(c, warp, lane);
+  }
+}
+
+}  // namespace vivace::split

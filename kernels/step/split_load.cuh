@@ -1,0 +1,222 @@
+// The loading threads of the split step: of each role one that streams what no kernel of the step writes, and one for the
+// rest.
+#pragma once
+
+#include "kernels/step/split_parts.cuh"
+
+namespace vivace::split {
+
+/// Fills a ring, at most `limit` stages at a time.
+template <int kStages>
+class Filler {
+ public:
+  __device__ __forceinline__ Filler(uint8_t* ring, uint64_t* full, uint64_t* empty, int limit = kStages)
+      : ring_(ring), full_(full), empty_(empty), limit_(limit) {}
+  /// copy(stage, barrier) starts copies of `bytes` in all.
+  template <typename F>
+  __device__ __forceinline__ void operator()(uint32_t bytes, F&& copy) {
+    barrier_wait(&empty_[at_.slot], at_.parity ^ 1);
+    if (under_way_ == limit_) {
+      barrier_wait(&full_[landed_.slot], landed_.parity);
+      landed_.next(kStages);
+    } else {
+      ++under_way_;
+    }
+    uint64_t* barrier = &full_[at_.slot];
+    sm90::barrier_expect(barrier, bytes);
+    copy(ring_ + at_.slot * kStageBytes, barrier);
+    at_.next(kStages);
+  }
+
+ private:
+  uint8_t* ring_;
+  uint64_t *full_, *empty_;
+  int limit_, under_way_ = 0;
+  Position at_, landed_;
+};
+
+/// Keys and values of earlier steps for a warpgroup, 64 of them at a time, in the order of use.
+template <typename S>
+class Keys {
+ public:
+  __device__ __forceinline__ Keys(const AttentionCta<S>& c, int group) : c_(c), group_(group) { begin(); }
+  __device__ __forceinline__ bool ended() const { return slot_ == 2 * static_cast<int>(c_.args.p.layers); }
+  __device__ __forceinline__ uint32_t bytes() const { return min(64, keys_ - key_) * 128; }
+  __device__ __forceinline__ const uint16_t* k() const { return k_ + key_ * 64; }
+  __device__ __forceinline__ const uint16_t* v() const { return v_ + key_ * 64; }
+  __device__ __forceinline__ void next() {
+    key_ += 64;
+    if (key_ >= keys_) ++unit_, find();
+  }
+
+ private:
+  __device__ __forceinline__ void begin() {
+    units_ = c_.units(slot_ / 2, slot_ % 2, group_);
+    unit_ = 0;
+    find();
+  }
+  /// The next unit with keys, from this one on.
+  __device__ __forceinline__ void find() {
+    const StepParams& p = c_.args.p;
+    for (key_ = 0;; ++unit_) {
+      while (unit_ >= units_.count) {
+        if (++slot_; ended()) return;
+        units_ = c_.units(slot_ / 2, slot_ % 2, group_);
+        unit_ = 0;
+      }
+      const int unit = units_[unit_], head = unit % S::heads, layer = slot_ / 2;
+      const Row row = c_.shared.rows[slot_ % 2][unit / S::heads];
+      keys_ = row.keys;
+      if (keys_ == 0) continue;
+      k_ = static_cast<const uint16_t*>(p.k_cache) + layer * p.k_stride[0] + row.cache_row * p.k_stride[1] +
+           head * p.k_stride[3];
+      v_ = static_cast<const uint16_t*>(p.v_cache) + layer * p.v_stride[0] + row.cache_row * p.v_stride[1] +
+           head * p.v_stride[3];
+      return;
+    }
+  }
+
+  const AttentionCta<S>& c_;
+  int group_, slot_ = 0, unit_ = 0, key_ = 0, keys_ = 0;
+  typename AttentionCta<S>::Units units_;
+  const uint16_t *k_ = nullptr, *v_ = nullptr;
+};
+
+/// Streams them. Waits for free stages alone.
+template <typename S>
+__device__ __forceinline__ void stream_keys(const AttentionCta<S>& c, int group) {
+  // Few at a time: what queues in front of memory holds up the products. Where keys are many, those have time.
+  const int limit = c.shared.rows[0][0].keys < 512 ? 2 : 3;
+  Filler<S::attention_stages> fill(c.ring + group * S::attention_stages * kStageBytes, c.shared.full[group],
+                                   c.shared.empty[group], limit);
+  for (Keys<S> keys(c, group); !keys.ended(); keys.next()) {
+    fill(2 * keys.bytes(), [&](uint8_t* to, uint64_t* barrier) {
+      bulk_load(to, keys.k(), keys.bytes(), barrier, sm90::kEvictFirst);
+      bulk_load(to + 8192, keys.v(), keys.bytes(), barrier, sm90::kEvictFirst);
+    });
+  }
+}
+
+/// Tells the warpgroups when queries are there.
+template <typename S>
+__device__ __forceinline__ void watch_queries(const AttentionCta<S>& c) {
+  const uint32_t layers = static_cast<uint32_t>(c.args.p.layers);
+  const uint32_t before = load_acquire(c.counter(Counters::launches));
+  for (uint32_t n = before * layers + 1; n <= (before + 1) * layers; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      wait_counter(c.counter(Counters::queries + half), S::workers * n);
+      sm90::barrier_arrive(&c.shared.queries[half]);
+    }
+  }
+}
+
+/// All weights of the CTA, in the order of use: twice, for each half. Waits for free stages alone.
+template <typename S>
+__device__ __forceinline__ void stream_weights(const ProductCta<S>& c) {
+  const Args& args = c.args;
+  const int layers = static_cast<int>(args.p.layers);
+  Filler<S::stages> fill(c.ring, c.shared.full, c.shared.empty);
+  // The second half reads what the first half has brought to L2, and has no use for it afterwards.
+  uint64_t hint = 0;
+  const auto begin = [&](int half) { hint = half == 0 ? sm90::kEvictNormal : sm90::kEvictFirst; };
+  const auto qkv = [&](int layer) {
+    for (int s = 0; s < S::blocks / 2; ++s) {
+      fill(2 * 6144, [&](uint8_t* to, uint64_t* barrier) {
+        // (block, warpgroup, q k v, eight of features): i and 32 + i, a rotary pair, in one eight
+        for (int i = 0; i < 4; ++i) {
+          const int fours = (layer * 3 * S::hidden + c.cta / 4 * 64) / 4 + c.cta % 4 * 2 + i % 2;
+          sm90::tma_load_5d(to + i * 3072, &args.qkv, barrier, 64 * (2 * s + i / 2), 0, 0, 0, fours, hint);
+        }
+      });
+    }
+  };
+  for (int half = 0; half < 2; ++half) {
+    begin(half);
+    qkv(0);
+  }
+  for (int layer = 0; layer < layers; ++layer) {
+    for (int half = 0; half < 2; ++half) {
+      begin(half);
+      for (int s = 0; s < S::blocks / 8 + (S::blocks % 8 != 0); ++s) {
+        fill(min(S::blocks, 8) * 2048, [&](uint8_t* to, uint64_t* barrier) {
+          sm90::tma_load_3d(to, &args.out, barrier, 0, layer * S::hidden + 16 * c.cta, 8 * s, hint);
+        });
+      }
+      for (int s = 0; s < S::blocks; ++s) {
+        fill(16384, [&](uint8_t* to, uint64_t* barrier) {
+          // (warpgroup, gate and up, 32 features)
+          sm90::tma_load_5d(to, &args.gate_up, barrier, 64 * s, 0, 0, 2 * c.cta, layer, hint);
+        });
+      }
+      for (int s = 0; s < S::blocks / 2; ++s) {
+        fill(16384, [&](uint8_t* to, uint64_t* barrier) {
+          sm90::tma_load_3d(to, &args.down, barrier, 0, layer * S::hidden + 64 * c.tile, c.slice * S::blocks + 2 * s, hint);
+        });
+      }
+      if (layer + 1 < layers) {
+        qkv(layer + 1);
+        continue;
+      }
+      for (int tile = c.cta; c.has_tile(tile); tile += S::products) {
+        for (int s = 0; s < S::blocks / 2; ++s) {
+          fill(16384, [&](uint8_t* to, uint64_t* barrier) {
+            sm90::tma_load_3d(to, &args.head, barrier, 0, 64 * tile, 2 * s, hint);
+          });
+        }
+      }
+    }
+  }
+}
+
+/// Waits for what other CTAs write, tells the warpgroups, and loads it where it is an operand.
+template <typename S>
+__device__ __forceinline__ void load_activations(const ProductCta<S>& c) {
+  const Args& args = c.args;
+  const uint32_t layers = static_cast<uint32_t>(args.p.layers);
+  Position at;
+  const auto load = [&](const CUtensorMap& map, int first) {
+    fence_async_global();
+    for (int b = 0; b < S::blocks; b += S::group) {
+      barrier_wait(&c.shared.x_empty[at.slot], at.parity ^ 1);
+      sm90::barrier_expect(&c.shared.x_full[at.slot], S::group * S::block_bytes);
+      sm90::tma_load_3d(c.x + at.slot * S::group * S::block_bytes, &map, &c.shared.x_full[at.slot], 0, 0, first + b,
+                        sm90::kEvictLast);
+      at.next(S::groups);
+    }
+  };
+  // Counts since the workspace was zeroed: `before` launches, and what this one has added.
+  const uint32_t before = load_acquire(c.counter(Counters::launches));
+  uint32_t x[2] = {before * (2 * layers + 1) * S::workers, before * (2 * layers + 1) * S::workers};
+  const auto wait_x = [&](int half) {
+    x[half] += S::workers;
+    wait_counter(c.counter(Counters::x + half), x[half]);
+    sm90::barrier_arrive(&c.shared.ready);
+  };
+  for (int half = 0; half < 2; ++half) {
+    wait_x(half);
+    load(args.x[half], 0);
+  }
+  const int sums = Counters::down + c.cta / 4 * 2 + c.cta % 4 / 2;           // of the half tile with this CTA's 16 features
+  for (uint32_t n = before * layers + 1; n <= (before + 1) * layers; ++n) {  // layers since then
+    for (int half = 0; half < 2; ++half) {
+      wait_counter(c.counter(Counters::attended + half), 2 * args.attentions * n);
+      load(args.attention[half], 0);
+      wait_x(half);
+      load(args.x[half], 0);
+      wait_counter(c.counter(Counters::gated + 4 * half + c.slice), 2 * S::heads * n);
+      load(args.gated[half], c.slice * S::blocks);
+      wait_counter(c.counter(sums + 32 * half), S::slices * n);
+      sm90::barrier_arrive(&c.shared.ready);
+      wait_x(half);
+      if (n < (before + 1) * layers) {
+        load(args.x[half], 0);
+      } else {
+        for (int tile = c.cta; c.has_tile(tile); tile += S::products) load(args.x[half], 0);
+      }
+    }
+  }
+  // Every CTA has been heard of since it read the number.
+  if (c.cta == 0) *c.counter(Counters::launches) = before + 1;
+}
+
+}  // namespace vivace::split
