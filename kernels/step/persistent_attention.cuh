@@ -159,7 +159,7 @@ __device__ __forceinline__ void attend(Worker<kHeads, kRows>& self, int layer) {
   using S = PersistentShape<kHeads, kRows>;
   using M = Mailboxes<kHeads>;
   constexpr int kRound = 16 * HeldKeys::kGroups * S::warps;
-  const int lane = anew(self.lane) & 31;
+  const int lane = anew(self.lane);
 #pragma unroll 1
   for (int row = 0; row < self.rows; ++row) {
     const KeyRange range = key_range<S>(layer, row, self.part, self.length_of(row));

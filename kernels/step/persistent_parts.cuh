@@ -92,7 +92,7 @@ __device__ __forceinline__ uint32_t load_weights(uint32_t upper, uint32_t lower,
 }
 
 /// Where word i (inputs 2 * i and 2 * i + 1) lies in staging: the words of a lane for two mma are neighbours.
-__device__ __forceinline__ uint32_t staged(uint32_t i) { return (i & ~15u) + i % 4 * 4 + i % 16 / 4; }
+__device__ __forceinline__ int staged(int i) { return (i & ~15) + (i % 4) * 4 + i % 16 / 4; }
 
 /// Where a lane finds its inputs in staging: of its column of B, those of a row, or with kPaired from the columns after
 /// the rows' on the same rows' again, `behind` words further. Columns after those repeat them; nobody reads their products.

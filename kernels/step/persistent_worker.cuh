@@ -22,8 +22,9 @@ struct Worker {
   float* probe_lse;  // (probes, rows)
   float* residuals;  // (rows, 8), of outputs 8 * cta ...: in shared memory, as the registers are needed for weights
   float* rotary;     // (rows, 8): cosines and sines of this CTA's four rotary pairs
-  const int warp, lane = static_cast<int>(threadIdx.x & 31u);
-  const int cta = static_cast<int>(blockIdx.x), head = cta / S::group, part = cta % S::group;
+  const int warp, lane = static_cast<int>(threadIdx.x) % 32;
+  const int cta = __shfl_sync(0xffffffffu, static_cast<int>(blockIdx.x), 0);  // not read again and again
+  const int head = cta / S::group, part = cta % S::group;
   const int rows = kRows <= 2 ? kRows : static_cast<int>(p.rows);  // a kernel of up to 2 rows has as many
   uint32_t tag = 0;
   int lengths[kRows];    // old keys of each row
