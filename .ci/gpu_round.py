@@ -45,7 +45,7 @@ SANITIZERS = {
     "memcheck": ([], []),
     "racecheck": ([], ["--brief"]),
     "initcheck": ([], ["--brief", "--whole-rows"]),
-    "synccheck": (["--kernel-name-exclude", "kernel_substring=persistent_kernel"], ["--brief"]),
+    "synccheck": (["--kernel-name-exclude", "kernel_substring=persistent_kernel"], ["--brief", "--one-place"]),
 }
 #: Package -> tests that need it.
 INTEGRATIONS = {
