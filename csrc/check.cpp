@@ -96,6 +96,14 @@ void Checker::int32_vector(const TensorView& t, const char* name, int64_t size, 
   contiguous(t, name);
 }
 
+int64_t* Checker::int64_vector(const TensorView& t, const char* name, int64_t size, const char* layout) const {
+  device(t, name);
+  dtype(t, name, DType::kInt64);
+  shape(t, name, {size}, layout);
+  contiguous(t, name);
+  return static_cast<int64_t*>(t.data);
+}
+
 Rows rows_of(const TensorView& t, int trailing_dims) {
   Rows rows;
   int64_t expected = -1;  // stride that continues the dimensions to the right

@@ -33,6 +33,8 @@ class Checker {
   void not_expanded(const TensorView& t, const char* name) const;
   /// int32, on the device, contiguous, one dimension of `size` entries; nothing is checked where the argument was not given.
   void int32_vector(const TensorView& t, const char* name, int64_t size, const char* layout) const;
+  /// int64, on the device, contiguous, one dimension of `size` entries; where they begin.
+  int64_t* int64_vector(const TensorView& t, const char* name, int64_t size, const char* layout) const;
 
   const char* op() const { return op_; }
 

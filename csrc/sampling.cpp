@@ -36,27 +36,19 @@ void check_values(const Checker& check, const SampleParams& p) {
   }
 }
 
-int64_t* int64_vector(const Checker& check, const TensorView& t, const char* name, int64_t requests) {
-  check.device(t, name);
-  check.dtype(t, name, DType::kInt64);
-  check.shape(t, name, {requests}, "(requests)");
-  check.contiguous(t, name);
-  return static_cast<int64_t*>(t.data);
-}
-
 void check_advance(const Checker& check, const SampleArgs& a, SampleParams& p) {
-  p.tokens = int64_vector(check, a.tokens, "tokens", p.requests);
+  p.tokens = check.int64_vector(a.tokens, "tokens", p.requests, "(requests)");
   check.not_expanded(a.step, "step");
   p.next_step = static_cast<int64_t*>(a.step.data);
-  p.positions = int64_vector(check, a.positions, "positions", p.requests);
-  p.advance = int64_vector(check, a.advance, "advance", p.requests);
+  p.positions = check.int64_vector(a.positions, "positions", p.requests, "(requests)");
+  p.advance = check.int64_vector(a.advance, "advance", p.requests, "(requests)");
   check.int32_vector(a.cache_seqlens, "cache_seqlens", p.logit_rows, "(rows of logits)");
   p.cache_seqlens = static_cast<int32_t*>(a.cache_seqlens.data);
   check(a.last_position >= 0, "last_position is ", a.last_position, ", expected at least 0");
   p.last_position = a.last_position;
   check(static_cast<bool>(a.history) == static_cast<bool>(a.turn), "history and turn are given together or not at all");
   if (!a.history) return;
-  p.turn = int64_vector(check, a.turn, "turn", p.requests);
+  p.turn = check.int64_vector(a.turn, "turn", p.requests, "(requests)");
   check.dtype(a.history, "history", DType::kInt64);
   check.dims(a.history, "history", 2, "(slots, requests)");
   check.shape(a.history, "history", {a.history.size(0), p.requests}, "(slots, requests)");

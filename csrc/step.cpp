@@ -63,14 +63,6 @@ const void* weight(const Checker& check, const StepParams& p, const TensorView& 
   return t.data;
 }
 
-const int64_t* int64_vector(const Checker& check, const TensorView& t, const char* name, int64_t size, const char* layout) {
-  check.device(t, name);
-  check.dtype(t, name, DType::kInt64);
-  check.shape(t, name, {size}, layout);
-  check.contiguous(t, name);
-  return static_cast<const int64_t*>(t.data);
-}
-
 void check_cache(const Checker& check, const StepArgs& a, StepParams& p) {
   const auto one = [&](const TensorView& t, const char* name, int64_t(&stride)[4]) {
     check.device(t, name);
@@ -278,9 +270,9 @@ StepParams check_step(const StepArgs& a) {
   check.dims(a.row_request, "row_request", 1, "(rows)");
   p.requests = a.tokens.size(0);
   p.rows = a.row_request.size(0);
-  p.tokens = int64_vector(check, a.tokens, "tokens", p.requests, "(requests)");
-  p.positions = int64_vector(check, a.positions, "positions", p.requests, "(requests)");
-  p.row_request = int64_vector(check, a.row_request, "row_request", p.rows, "(rows)");
+  p.tokens = check.int64_vector(a.tokens, "tokens", p.requests, "(requests)");
+  p.positions = check.int64_vector(a.positions, "positions", p.requests, "(requests)");
+  p.row_request = check.int64_vector(a.row_request, "row_request", p.rows, "(rows)");
   check(p.rows == 0 || p.requests > 0, "row_request has ", p.rows, " rows, tokens no request");
 
   check.dims(a.speech_emb, "speech_emb", 2, "(tokens, hidden)");

@@ -1,6 +1,8 @@
 #include "torch_ext/tensors.h"
 
 #include <cstring>
+#include <string>
+#include <utility>
 
 #include "csrc/error.h"
 
@@ -25,6 +27,28 @@ const DTypes& dtypes() {
   return numbers;
 }
 
+/// torch's name of a dtype that no operator takes.
+const char* other_dtype(int32_t dtype) {
+  const std::pair<int32_t, const char*> names[] = {
+      {aoti_torch_dtype_int8(), "int8"},
+      {aoti_torch_dtype_int16(), "int16"},
+      {aoti_torch_dtype_uint16(), "uint16"},
+      {aoti_torch_dtype_uint32(), "uint32"},
+      {aoti_torch_dtype_uint64(), "uint64"},
+      {aoti_torch_dtype_float8_e4m3fn(), "float8_e4m3fn"},
+      {aoti_torch_dtype_float8_e5m2(), "float8_e5m2"},
+      {aoti_torch_dtype_float8_e4m3fnuz(), "float8_e4m3fnuz"},
+      {aoti_torch_dtype_float8_e5m2fnuz(), "float8_e5m2fnuz"},
+      {aoti_torch_dtype_complex32(), "complex32"},
+      {aoti_torch_dtype_complex64(), "complex64"},
+      {aoti_torch_dtype_complex128(), "complex128"},
+  };
+  for (const auto& [number, name] : names) {
+    if (number == dtype) return name;
+  }
+  return "of another dtype";
+}
+
 DType to_dtype(int32_t dtype, const char* name) {
   const DTypes& d = dtypes();
   if (dtype == d.float32) return DType::kFloat32;
@@ -35,9 +59,10 @@ DType to_dtype(int32_t dtype, const char* name) {
   if (dtype == d.uint8) return DType::kUInt8;
   if (dtype == d.boolean) return DType::kBool;
   if (dtype == d.float64) return DType::kFloat64;
-  throw Error(std::string("vivace: ") + name +
-              " has a dtype that no operator takes; they take float32, float16, bfloat16, float64 (CPU), and int32, int64, "
-              "uint8, bool where documented");
+  throw Error(
+      std::string("vivace: ") + name + " is " + other_dtype(dtype) +
+      ", which no operator takes; they take float32, float16, bfloat16, float64 (CPU), and int32, int64, uint8, bool "
+      "where documented");
 }
 
 int32_t from_dtype(DType dtype) {

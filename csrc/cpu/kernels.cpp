@@ -3,6 +3,9 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <string>
+
+#include "csrc/error.h"
 
 namespace vivace::cpu {
 
@@ -26,9 +29,18 @@ struct Available {
     chosen = sets[count - 1];
 #endif
     const char* name = std::getenv("VIVACE_CPU");
-    for (int i = 0; name != nullptr && sets[i] != nullptr; ++i) {
-      if (std::strcmp(sets[i]->name, name) == 0) chosen = sets[i];
+    if (name != nullptr && *name != '\0') chosen = named(name);
+  }
+
+ private:
+  const Kernels* named(const char* name) const {
+    std::string names;
+    for (int i = 0; sets[i] != nullptr; ++i) {
+      if (std::strcmp(sets[i]->name, name) == 0) return sets[i];
+      names += (i == 0 ? "" : ", ") + std::string(sets[i]->name);
     }
+    throw Error("vivace: the environment's VIVACE_CPU is \"" + std::string(name) + "\", expected one of " + names +
+                " (what this machine runs)");
   }
 };
 

@@ -92,8 +92,8 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 #endif
 
-/// The widest set that this machine runs, or the one that the environment's VIVACE_CPU names (baseline, avx2, avx512) where
-/// the machine runs it.
+/// The widest set that this machine runs, or the one that the environment's VIVACE_CPU names: baseline, avx2, avx512. Throws
+/// Error where it names none, or one that this machine does not run.
 const Kernels& kernels();
 
 /// All sets that this machine runs, narrowest first; null-terminated. For tests.

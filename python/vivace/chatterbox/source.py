@@ -23,7 +23,7 @@ def find_t3(model: Any) -> nn.Module:
     if not isinstance(t3, nn.Module) or not all(
         hasattr(t3, name) for name in ("tfmr", "cond_enc", "speech_head", "hp")
     ):
-        raise TypeError(f"vivace.accelerate: model is a {type(model).__name__}, expected {_SUPPORTED}")
+        raise TypeError(f"vivace.accelerate: model is of type {type(model).__name__}, expected {_SUPPORTED}")
     if getattr(t3, "is_gpt", False) or not hasattr(t3.tfmr, "layers"):
         raise ValueError(
             f"vivace.accelerate: model is a {type(model).__name__} with a {type(t3.tfmr).__name__} (Chatterbox Turbo "

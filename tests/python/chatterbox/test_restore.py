@@ -215,9 +215,9 @@ def test_what_is_no_chatterbox_is_named():
     from vivace import accelerate, restore
     from vivace.chatterbox import is_accelerated
 
-    with pytest.raises(TypeError, match="model is a Linear, expected a ChatterboxTTS"):
+    with pytest.raises(TypeError, match="model is of type Linear, expected a ChatterboxTTS"):
         accelerate(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="model is a str"):
+    with pytest.raises(TypeError, match="model is of type str"):
         accelerate("chatterbox")
     hp = T3Config(text_tokens_dict_size=50276)
     hp.llama_config_name, hp.input_pos_emb, hp.speech_tokens_dict_size = "GPT2_medium", None, 6563

@@ -80,7 +80,7 @@ WRONG = [
         {"q": torch.zeros(2, 5, 4, 16, dtype=torch.int32)},
         "attention: q is int32, expected float32, float16 or bfloat16",
     ),
-    (dense, {"q": torch.zeros(2, 5, 4, 16, dtype=torch.complex64)}, "vivace: q has a dtype that no operator takes"),
+    (dense, {"q": torch.zeros(2, 5, 4, 16, dtype=torch.complex64)}, "vivace: q is complex64, which no operator takes"),
     (
         dense,
         {"q": torch.randn(2, 5, 16, 4).transpose(2, 3)},

@@ -119,3 +119,12 @@ def test_force_arch_starts_as_the_environment_and_refuses_what_does_not_exist():
     assert "vivace.force_arch: arch is 75, expected 0 (automatic), 80, 90 or -1 (generic)" in run.stderr
     run = run_python(code, VIVACE_ARCH="volta")
     assert 'VIVACE_ARCH is "volta"' in run.stderr
+
+
+def test_an_unknown_set_of_vector_instructions_is_an_error_with_those_there_are(operator_library):
+    code = "import torch, vivace.ops; torch.ops.vivace.rms_norm(torch.ones(1, 8), torch.ones(8), 1e-5)"
+    for name in ("baseline", ""):
+        assert run_python(code, VIVACE_CPU=name).returncode == 0
+    run = run_python(code, VIVACE_CPU="avx3")
+    assert run.returncode != 0
+    assert 'the environment\'s VIVACE_CPU is "avx3", expected one of baseline' in run.stderr
