@@ -138,8 +138,8 @@ void check_probes(const Checker& check, const StepArgs& a, StepParams& p) {
 [[maybe_unused]] constexpr int64_t kSplitRows = 65;
 
 /// The families' parts of the workspace lie behind each other: the persistent kernel's, the split kernel's, the chain's. The
-/// first two are the same for any number of rows.
-constexpr size_t kRegionAlignment = 1024;
+/// first two, rounded up so that the next is aligned, are the same for any number of rows.
+[[maybe_unused]] constexpr size_t region(size_t bytes) { return (bytes + 1023) / 1024 * 1024; }
 
 bool persistent_supported([[maybe_unused]] const StepParams& p) {
 #ifdef VIVACE_STEP_PERSISTENT
@@ -172,7 +172,7 @@ size_t persistent_bytes([[maybe_unused]] const StepParams& p) {
   one.rows = one.requests = 1;
   one.probes = nullptr;
   if (!step_persistent_supported(one)) return 0;
-  return (step_persistent_workspace(one) + kRegionAlignment - 1) / kRegionAlignment * kRegionAlignment;
+  return region(step_persistent_workspace(one));
 #else
   return 0;
 #endif
@@ -180,8 +180,7 @@ size_t persistent_bytes([[maybe_unused]] const StepParams& p) {
 
 size_t split_bytes([[maybe_unused]] const StepParams& p) {
 #ifdef VIVACE_STEP_SPLIT
-  if (!step_split_supported(p)) return 0;
-  return (step_split_workspace(p) + kRegionAlignment - 1) / kRegionAlignment * kRegionAlignment;
+  return step_split_supported(p) ? region(step_split_workspace(p)) : 0;
 #else
   return 0;
 #endif

@@ -1,7 +1,8 @@
 // What a call over a KV cache does before attention: rotates k_new and copies it and v_new into the cache, and rotates q
-// into the workspace. A CTA takes 128 items (16 bytes, or a pair of them under rotary) of one token: the heads of k, of v,
-// of q. Rotary positions count from the first row of the cache, left padding included: cache_seqlens[b] + t for key t, and
-// for query i cache_seqlens[b] + i under causal or windowed attention, cache_seqlens[b] otherwise.
+// into the workspace. (A few keys without rotary embedding decode_direct.cuh appends itself.) A CTA takes 128 items (16
+// bytes, or a pair of them under rotary) of one token: the heads of k, of v, of q. Rotary positions count from the first row
+// of the cache, left padding included: cache_seqlens[b] + t for key t, and for query i cache_seqlens[b] + i under causal or
+// windowed attention, cache_seqlens[b] otherwise.
 #include "kernels/attention/launch.h"
 #include "kernels/attention/sequence.cuh"
 #include "kernels/attention/workspace.h"

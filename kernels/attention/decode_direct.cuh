@@ -3,11 +3,11 @@
 // the latency of a launch: so little code, few parameters, and as little as can
 // be between them and the first keys.
 //
-// A CTA of 8 warps takes one part of one (batch entry, kv head). Keys and
+// A CTA of 4 to 8 warps takes one part of one (batch entry, kv head). Keys and
 // values go from memory straight into registers, see decode_direct_tile.cuh; a
 // register that a product has used is loaded anew at once, so that a warp has
-// most of a tile of 8 KiB under way all the time, 128 KiB on a multiprocessor
-// with two CTAs. There are as many CTAs as it takes, and the hardware gives
+// most of a tile of 8 KiB under way all the time, 64 to 128 KiB on a
+// multiprocessor. There are as many CTAs as it takes, and the hardware gives
 // them out: a slow one delays nobody.
 //
 // Parts of an entry take its tiles in turn (or, under split_keys, equal

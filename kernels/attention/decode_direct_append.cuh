@@ -9,9 +9,11 @@
 namespace vivace {
 
 /// Writes those of the new keys and values at [length, length + appended) that
-/// fall into tiles of this warp; `key` is where its first one begins. `place(at)`
-/// gives the row or page, and the row within it, of key `at`. Returns whether one
-/// fell into the first tile. To be called by whole warps.
+/// fall into tiles of this warp and exist within the capacity. `begin` is where
+/// this CTA's part begins, `key` where the warp's first tile does;
+/// `place(at, row, within)` sets the row or page, and the row within it, of key
+/// `at`. Returns whether one fell into the first tile. To be called by whole
+/// warps.
 template <int kDim, int kKeys, typename Place>
 __device__ __forceinline__ bool append_keys(const DirectArgs& args, int head_kv, int begin, int key, int batch, int length,
                                             const Place& place) {

@@ -14,11 +14,11 @@ struct DirectArgs {
   const char *k, *v;
   uint32_t k_row, k_key, k_head;  // row of the cache, or page
   uint32_t v_row, v_key, v_head;
-  int capacity, appended;
-  int first, step, span;  // part p takes keys p * first + i * step + [0, tile),
-                          // below p * first + span
-  int rows;               // query rows: seqlen_q * group
-  const int32_t* pages;   // block_table
+  int capacity, appended;  // keys that a row has room for; new ones, which `lengths` does not count
+  int first, step, span;   // part p takes keys p * first + i * step + [0, tile),
+                           // below p * first + span
+  int rows;                // query rows: seqlen_q * group
+  const int32_t* pages;    // block_table
   int64_t pages_stride;
   int page_shift, last_page;
   int early;                             // batch entries whose CTAs may start before they may read

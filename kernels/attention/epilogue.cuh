@@ -9,6 +9,7 @@
 namespace vivace {
 
 /// One warp writes `rows` rows of `dim` columns from swizzled shared memory, neighbouring lanes 16 neighbouring bytes.
+/// aligned: every row of `out` starts at a multiple of 16 bytes and is as long.
 template <typename T, int kDim>
 __device__ __forceinline__ void store_staged(uint32_t staging, T* out, int64_t row_stride, int rows, int dim, bool aligned) {
   using Layout = Swizzle<kDim>;
@@ -32,10 +33,9 @@ __device__ __forceinline__ void store_staged(uint32_t staging, T* out, int64_t r
   }
 }
 
-/// Writes one warp's kRows x kDim output: its first `rows` rows and `dim` columns. Fragments go through `staging`, swizzled
-/// shared memory of this warp's own kRows rows, so that neighbouring lanes store neighbouring 16 bytes.
-/// o: m16 fragments of rows lane / 4 and lane / 4 + 8, already normalised; out: the warp's row 0. kAligned: 16-byte stores
-/// fit.
+/// Writes one warp's output, (16 * kFragsM, kDim): its first `rows` rows and `dim` columns. Fragments go through `staging`,
+/// swizzled shared memory of as many rows, this warp's own, so that neighbouring lanes store neighbouring 16 bytes.
+/// o: m16 fragments of rows lane / 4 and lane / 4 + 8, already normalised; out: the warp's row 0. aligned: see store_staged.
 template <typename T, int kDim, int kFragsM>
 __device__ __forceinline__ void store_output(const float (&o)[kFragsM][kDim / 8][4], uint32_t staging, T* out,
                                              int64_t row_stride, int rows, int dim, bool aligned) {

@@ -1,4 +1,4 @@
-// Chooses the sm80 kernel of a call; the kernel is in forward_sm80.cuh.
+// Chooses the sm80 kernel of a call; the kernels are in forward_sm80.cuh, _pipelined.cuh and _split.cuh.
 #include "kernels/attention/forward_sm80.cuh"
 
 #include <initializer_list>

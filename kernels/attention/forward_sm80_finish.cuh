@@ -1,4 +1,4 @@
-// The end of both sm80 forward kernels: normalises a warp's rows and writes them.
+// The end of the sm80 forward kernels whose warps have rows of their own: normalises a warp's rows and writes them.
 #pragma once
 
 #include "kernels/attention/forward_sm80_tile.cuh"

@@ -55,12 +55,13 @@ struct HalfColumns {
   }
 };
 
-/// Adds P * V of those elements of V that are not finite to o, for the rows that see them. row: the thread's first, of rows
-/// row + 16 * m + {0, 8}; p_row: its number in the tile; key0: the tile's first. By one warp. Slow.
+/// As add_values_not_finite of hidden_values.cuh, of P in shared memory: adds P * V of those elements of V that are not
+/// finite to o, for the rows that see them. row: the thread's first, of rows row + 16 * m + {0, 8}; p_row: its number in the
+/// tile; key0: the tile's first; half: of the columns. By one warp. Slow.
 template <typename T, int kDim, int kFragsM, int kN>
-__device__ __forceinline__ void add_values_not_finite(float (&o)[kFragsM][kDim / 16][4], uint32_t p_tile, uint32_t v_tile,
-                                                      const Sequence& seq, const Window& window, int row, int p_row,
-                                                      int key0, int half) {
+__device__ __forceinline__ void add_shared_values_not_finite(float (&o)[kFragsM][kDim / 16][4], uint32_t p_tile,
+                                                             uint32_t v_tile, const Sequence& seq, const Window& window,
+                                                             int row, int p_row, int key0, int half) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int j = 0; j < kN; ++j) {
@@ -201,6 +202,7 @@ __device__ __forceinline__ void forward_split(const ForwardArgs& args) {
             x[e] = softmax.probability(s[m][f][e], scale_log2, m, e / 2);
             sum[m][e / 2] += x[e];
           }
+          // As PLayout::offset: the row's last three bits are lane / 4.
           const uint32_t to = p_lane + 16 * m * PLayout::kRowBytes + (((half * kFragsS + f) ^ (lane / 4)) << 4);
           ptx::st_shared(to, pack2<T>(x[0], x[1]));
           ptx::st_shared(to + 8 * PLayout::kRowBytes, pack2<T>(x[2], x[3]));
@@ -270,8 +272,8 @@ __device__ __forceinline__ void forward_split(const ForwardArgs& args) {
       }
     };
     if (kCareful && hidden) {
-      add_values_not_finite<T, kDim, kFragsM, kN>(o, p_tile, v_tile, seq, args.window, row, warp_row + lane / 4, n * kN,
-                                                  half);
+      add_shared_values_not_finite<T, kDim, kFragsM, kN>(o, p_tile, v_tile, seq, args.window, row, warp_row + lane / 4,
+                                                         n * kN, half);
       multiply(std::true_type());
     } else {
       multiply(std::false_type());

@@ -1,4 +1,4 @@
-// What both sm80 forward kernels are made of: tiles, copies of K and V, products.
+// What the sm80 forward kernels are made of: tiles, copies of K and V, products.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -36,7 +36,8 @@ struct TileConfig {
   static constexpr bool kPipelined = kStages == 2;
 };
 
-/// Shared memory of a multiprocessor: 100 KiB (sm_86, 87, 89, 120), 164 (sm_80), more.
+/// Shared memory of a multiprocessor: 100 KiB (sm_86, 89, 120; sm_87 has 164 and is taken for one of them), 164 (sm_80),
+/// more.
 enum class Sm { kSmall, kMedium, kLarge };
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800
 inline constexpr Sm kSm = Sm::kMedium;
@@ -163,16 +164,6 @@ struct TileCopy {
     }
   }
 
-  /// The same, where `on`.
-  __device__ __forceinline__ void piece_if(bool on, int i, int64_t row_stride, int left) const {
-    const int bytes = i * kRowsAtOnce < left ? 16 : 0;
-#pragma unroll
-    for (int c = 0; c < kDim / 8; c += Layout::kRowLanes) {
-      cp_async_16_if(on, to + i * kRowsAtOnce * Layout::kRowBytes + 16 * c, from + i * kRowsAtOnce * row_stride + 8 * c,
-                     bytes);
-    }
-  }
-
   /// Piece i of a tile of which `left` rows exist from this thread's first one on; the others become zeros.
   __device__ __forceinline__ void piece_of_rows(int i, int64_t row_stride, int left) const {
     const int bytes = i * kRowsAtOnce < left ? 16 : 0;
@@ -180,6 +171,16 @@ struct TileCopy {
     for (int c = 0; c < kDim / 8; c += Layout::kRowLanes) {
       ptx::cp_async_16(to + i * kRowsAtOnce * Layout::kRowBytes + 16 * c, from + i * kRowsAtOnce * row_stride + 8 * c,
                        bytes);
+    }
+  }
+
+  /// The same where `wanted`; `on` does not count.
+  __device__ __forceinline__ void piece_if(bool wanted, int i, int64_t row_stride, int left) const {
+    const int bytes = i * kRowsAtOnce < left ? 16 : 0;
+#pragma unroll
+    for (int c = 0; c < kDim / 8; c += Layout::kRowLanes) {
+      cp_async_16_if(wanted, to + i * kRowsAtOnce * Layout::kRowBytes + 16 * c, from + i * kRowsAtOnce * row_stride + 8 * c,
+                     bytes);
     }
   }
 

@@ -50,7 +50,8 @@ struct AttentionParams {
   // KV cache
   bool has_cache = false;
   const int32_t* cache_seqlens = nullptr;    // (batch) keys in each row before this call; null: all of capacity
-  const int32_t* cache_batch_idx = nullptr;  // (batch) row of the cache that batch entry b uses; null: b
+  const int32_t* cache_batch_idx = nullptr;  // (batch) row of the cache that batch entry b uses, with k_new no other's;
+                                             // null: b
   const int32_t* cache_leftpad = nullptr;    // (batch) first valid key of each row
   const int32_t* block_table = nullptr;      // (batch, max_pages) page of each page_size keys
   int64_t block_table_stride = 0;            // between rows of block_table

@@ -52,7 +52,7 @@ template <typename T, int kN>
 struct Wgmma;
 
 // PTX takes every accumulator register by its number: VIVACE_REGISTERS_r is the text "%0, ... %(r - 1)", VIVACE_OUTPUTS_r
-// the r operands of it; both are chains of eights.
+// the r operands of it; both are chains of eights, and a four.
 #define VIVACE_OUTPUTS_OF_8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define VIVACE_OUTPUTS_OF_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])

@@ -5,6 +5,7 @@
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/vector.cuh"
 #include "kernels/step/step.h"
+#include "kernels/step/table.cuh"
 
 namespace vivace {
 
@@ -24,8 +25,6 @@ struct EmbedArgs {
 };
 
 inline constexpr int kEmbedThreads = 128;
-
-__device__ __forceinline__ int64_t clamp_index(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
 /// A CTA a row; a thread 8 elements at a time.
 template <typename T>

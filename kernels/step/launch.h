@@ -10,14 +10,14 @@
 
 namespace vivace {
 
-/// The whole step as one persistent kernel, for few rows. Its workspace does not depend on `rows`: csrc puts the chain's
-/// behind it.
+/// The whole step as one persistent kernel, for few rows. Its workspace does not depend on `rows`: csrc puts the other
+/// families' behind it.
 bool step_persistent_supported(const StepParams& params);
 size_t step_persistent_workspace(const StepParams& params);
 cudaError_t step_persistent(const StepParams& params, cudaStream_t stream);
 
 /// The whole step as one persistent kernel, for many rows: half of them in attention while the other half is in the
-/// products. Its workspace does not depend on `rows`.
+/// products. More than 128 rows are several launches. Its workspace does not depend on `rows` either.
 bool step_split_supported(const StepParams& params);
 size_t step_split_workspace(const StepParams& params);
 cudaError_t step_split(const StepParams& params, cudaStream_t stream);

@@ -152,14 +152,14 @@ __device__ __forceinline__ uint32_t attend_held(const Worker<kHeads, kRows>& sel
 }
 
 /// This CTA's share of the head's attention, row by row; leaves (output, max, sum) of every warp in its slot. A warp takes
-/// every kWarps-th group of 16 keys from `share` on, and has them in registers before the query arrives. The last part of a
-/// row also has the new key, from the packets, in a slot of its own.
+/// every S::warps-th group of 16 keys from `share` on, and has them in registers before the query arrives. The last part of
+/// a row also has the new key, from the packets, in a slot of its own.
 template <int kHeads, int kRows>
 __device__ __forceinline__ void attend(Worker<kHeads, kRows>& self, int layer) {
   using S = PersistentShape<kHeads, kRows>;
   using M = Mailboxes<kHeads>;
   constexpr int kRound = 16 * HeldKeys::kGroups * S::warps;
-  const int lane = anew(self.lane);
+  const int lane = ptx::opaque(self.lane);
 #pragma unroll 1
   for (int row = 0; row < self.rows; ++row) {
     const KeyRange range = key_range<S>(layer, row, self.part, self.length_of(row));

@@ -6,8 +6,8 @@
 
 namespace vivace::step {
 
-/// Packets of inputs, lane l with inputs 4 * l ... 4 * l + 3 of this warp's 128, to staging; the rows' sums of squares to
-/// the end of the rows of `sums`.
+/// Packets of inputs, lane l with inputs 4 * l ... 4 * l + 3 of this warp's 128, to staging; their sums of squares stay with
+/// the lane until store_squares.
 template <int kHeads, int kRows>
 __device__ __forceinline__ void stage_inputs(Worker<kHeads, kRows>& self, const uint4 (&v)[kRows]) {
   const int at = staged(2 * self.lane);
@@ -95,7 +95,7 @@ __device__ __forceinline__ void send_heads(const Worker<kHeads, kRows>& self,
   }
 }
 
-/// Appends k and v to the cache, from what send_heads has left; others wait for that no more.
+/// Appends k and v to the cache, from what send_heads has left. After the attention: nobody in this step reads them there.
 template <int kHeads, int kRows>
 __device__ __forceinline__ void append(const Worker<kHeads, kRows>& self, int layer,
                                        const CacheRow (&cached)[Worker<kHeads, kRows>::kWarpRows],
@@ -189,7 +189,7 @@ __device__ __forceinline__ void receive_gated(const Worker<kHeads, kRows>& self,
 #pragma unroll
   for (int j = 0; j < kN; ++j) {
     const int i = lane + 32 * j;
-    place[j] = anew(i / M::gated_packets * 16 + i % M::gated_packets * 3);
+    place[j] = ptx::opaque(i / M::gated_packets * 16 + i % M::gated_packets * 3);
   }
   uint4 v[kN * kRows];
   receive(

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/step/persistent_parts.cuh"
+#include "kernels/step/table.cuh"
 
 namespace vivace::step {
 
@@ -41,7 +42,5 @@ __device__ __forceinline__ KeyRange key_range(int layer, int row, int cta_part, 
   const int part = cta_part & ((1 << n) - 1), first = part * length >> n, end = (part + 1) * length >> n;
   return {first, takes ? end : first, takes ? part : -1, takes && part == (1 << n) - 1};
 }
-
-__device__ __forceinline__ int64_t clamp_index(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
 
 }  // namespace vivace::step

@@ -181,7 +181,7 @@ template <int kN, typename Packet, typename At, typename Wanted>
 __device__ __forceinline__ void receive(Packet (&v)[kN], const Packet* from, uint32_t tag, At at, Wanted wanted) {
   asm volatile("" : "+l"(from));  // computed once, and before
   ask(v, from, at, wanted);
-  Watchdog watchdog;
+  Watchdog<kMaxTurns> watchdog;
   for (;;) {
     bool all = true;
 #pragma unroll

@@ -53,7 +53,7 @@ cudaError_t launch(const StepParams& p, cudaStream_t stream) {
               {row, 32 * row, S::hidden * row, 4 * row}, {64, 4, 2, 3, 1}) ||
       !encode(args.gate_up, p.dtype, p.gate_up, {S::hidden, 32, 2, S::intermediate / 32, p.layers},
               {row, S::intermediate * row, 32 * row, 2 * S::intermediate * row}, {64, 32, 2, 2, 1}) ||
-      !encode_matrix(args.out, p.dtype, p.out, p.layers * S::hidden, S::hidden, 16, std::min(8, S::blocks)) ||
+      !encode_matrix(args.out, p.dtype, p.out, p.layers * S::hidden, S::hidden, 16, S::out_blocks) ||
       !encode_matrix(args.down, p.dtype, p.down, p.layers * S::hidden, S::intermediate, 64, 2) ||
       !encode_matrix(args.head, p.dtype, p.head, p.vocab, S::hidden, 64, 2) || !activations(args.x, L::x, S::hidden) ||
       !activations(args.attention, L::attention, S::hidden) || !activations(args.gated, L::gated, S::intermediate)) {

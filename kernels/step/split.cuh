@@ -3,7 +3,7 @@
 // The rows are two halves. While the CTAs that attend read the keys and values of one half in a layer, which is all that
 // memory can give, the others multiply for the other half: out, gate_up, down, and qkv of the next layer. Then the halves
 // change places. So memory does not wait for what the CTAs of a product tell each other, nor those for memory. Each role has
-// a thread or two that stream what no kernel of the step writes through a ring in shared memory, ahead of everything and
+// a thread or two that stream what the step does not write through a ring in shared memory, ahead of everything and
 // without a word from anybody: keys and values, or weights, which the second half finds in L2.
 //
 //   half 0   | qkv 0 |     | attention 0 | products 0 | attention 1 | products 1 | ...
@@ -36,7 +36,7 @@ __device__ __forceinline__ void attend(const Cta<S>& cta, int warp, int lane) {
   c.sort();
   __syncthreads();
   if (warp < 8) {
-    sm90::registers_increase<224>();
+    sm90::registers_increase<S::registers>();
     Attention<T, S> attention(c, warp / 4, warp % 4, lane);
     Position ring;
     for (int layer = 0; layer < static_cast<int>(c.args.p.layers); ++layer) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void attend(const Cta<S>& cta, int warp, int lane) {
       }
     }
   } else {
-    sm90::registers_decrease<56>();
+    sm90::registers_decrease<S::loader_registers>();
     if (warp < 10 && lane == 0) stream_keys(c, warp - 8);
     if (warp == 10 && lane == 0) watch_queries(c);
   }
@@ -70,17 +70,17 @@ __device__ __forceinline__ void multiply(const Cta<S>& cta, int warp, int lane) 
   }
   __syncthreads();
   if (warp < 8) {
-    sm90::registers_increase<224>();
+    sm90::registers_increase<S::registers>();
     Products<T, S>(c, warp / 4, warp % 4, lane).run();
   } else {
-    sm90::registers_decrease<56>();
+    sm90::registers_decrease<S::loader_registers>();
     if (warp == 8 && lane == 0) stream_weights(c);
     if (warp == 9 && lane == 0) load_activations(c);
   }
 }
 
 template <typename T, int kHeads>
-__global__ void __launch_bounds__(384, 1) split_kernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(Shape<kHeads>::threads, 1) split_kernel(const __grid_constant__ Args args) {
   using S = Shape<kHeads>;
   const Cta<S> c(args);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);

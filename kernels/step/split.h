@@ -12,7 +12,7 @@ namespace vivace::split {
 
 /// Rows of one launch, which are two halves; more take further launches.
 inline constexpr int kHalf = 64, kMaxRows = 2 * kHalf;
-/// Of the rings of weights, and of keys and values.
+/// A stage of the rings of weights, and of keys and values.
 inline constexpr int kStageBytes = 16 * 1024;
 
 /// A model of kHeads heads of 64, hidden 64 * kHeads, intermediate 4 * hidden.
@@ -24,13 +24,17 @@ struct Shape {
   static constexpr int blocks = hidden / 64;       // blocks of 64 columns of hidden, and of a quarter of intermediate
   static constexpr int slices = 4;                 // of the columns of `down`
   static constexpr int threads = 384;              // two warpgroups, and one for the loading threads
+  static constexpr int registers = 224;            // of a thread of those two; 3 x 168 are what 384 threads can have
+  static constexpr int loader_registers = 56;      // of the third
   static constexpr int block_bytes = kHalf * 128;  // of activations
   static constexpr int group = 4, groups = 3;      // blocks of activations that are loaded together, of a ring
   static constexpr int x_bytes = groups * group * block_bytes;
-  static constexpr int stages = 8, attention_stages = 6;  // of an attention warpgroup
+  static constexpr int stages = 8, attention_stages = 6;  // of the ring of weights, and of keys and values of a warpgroup
+  static constexpr int out_blocks = blocks < 8 ? blocks : 8;  // of the matrix `out`, in a stage
 };
 
-/// Counters, a line each: how often something has happened since the workspace was zeroed.
+/// Counters, a line each: how often something has happened since the workspace was zeroed. They may wrap, and
+/// so may what they are compared with: only differences count.
 struct Counters {
   static constexpr int launches = 0;  // of the kernel
   static constexpr int x = 1;         // (2 halves) warpgroups that have written their part of x

@@ -112,26 +112,26 @@ class Attention {
 
     state.merge(8);
     state.merge(16);
-    if (lane_ < 8) {  // (4, 66): the set of the turn before may still be read
+    if (lane_ < 8) {  // (4, kStateFloats): the set of the turn before may still be read
 #pragma unroll
-      for (int d = 0; d < 8; ++d) states[warp_ * 66 + dim_ + d] = state.out[d];
+      for (int d = 0; d < 8; ++d) states[warp_ * kStateFloats + dim_ + d] = state.out[d];
       if (lane_ == 0) {
-        states[warp_ * 66 + 64] = state.max;
-        states[warp_ * 66 + 65] = state.sum;
+        states[warp_ * kStateFloats + kStateMax] = state.max;
+        states[warp_ * kStateFloats + kStateSum] = state.sum;
       }
     }
     sm90::named_barrier_sync(2 + group_, 128);
     if (warp_ == turn_ % 4) {
       float largest = -INFINITY;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) largest = fmaxf(largest, states[w * 66 + 64]);
+      for (int w = 0; w < 4; ++w) largest = fmaxf(largest, states[w * kStateFloats + kStateMax]);
       const float offset = largest == -INFINITY ? 0.0f : largest;
       float sum = 0.0f, lo = 0.0f, hi = 0.0f;
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        const float weight = ptx::exp2_approx(states[w * 66 + 64] - offset);
-        const float2 part = *reinterpret_cast<const float2*>(states + w * 66 + 2 * lane_);
-        sum += weight * states[w * 66 + 65];
+        const float weight = ptx::exp2_approx(states[w * kStateFloats + kStateMax] - offset);
+        const float2 part = *reinterpret_cast<const float2*>(states + w * kStateFloats + 2 * lane_);
+        sum += weight * states[w * kStateFloats + kStateSum];
         lo += weight * part.x;
         hi += weight * part.y;
       }
@@ -156,7 +156,7 @@ class Attention {
       barrier_wait(&c_.shared.full[group_][at.slot], at.parity);
       at.next(S::attention_stages);
     }
-    float s[kKeys];
+    float s[kKeys];  // of keys 16 warp + lane / 8 + 4 (u % 4) of stage u / 4: 512 bytes are four keys
 #pragma unroll
     for (int u = 0; u < kKeys; ++u) {
       float k[8];
@@ -184,7 +184,7 @@ class Attention {
     for (int u = 0; u < kKeys; ++u) {
       const float e = ptx::exp2_approx(s[u] - offset);
       state.sum += e;
-      uint4 bits = ptx::ld_shared_v4(address[u / 4] + 8192 + u % 4 * 512);
+      uint4 bits = ptx::ld_shared_v4(address[u / 4] + kStageBytes / 2 + u % 4 * 512);
       if (u / 4 * 64 + u % 4 * 4 + mine >= keys) bits = make_uint4(0, 0, 0, 0);
       float v[8];
       unpack_vector<T>(bits, v);
@@ -208,10 +208,11 @@ class Attention {
       if (p.probe_layer[i] != layer || p.probe_head[i] != head) continue;
       float largest = -INFINITY, sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) largest = fmaxf(largest, states[w * 66 + 64]);
+      for (int w = 0; w < 4; ++w) largest = fmaxf(largest, states[w * kStateFloats + kStateMax]);
       const float offset = largest == -INFINITY ? 0.0f : largest;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) sum += ptx::exp2_approx(states[w * 66 + 64] - offset) * states[w * 66 + 65];
+      for (int w = 0; w < 4; ++w)
+        sum += ptx::exp2_approx(states[w * kStateFloats + kStateMax] - offset) * states[w * kStateFloats + kStateSum];
       const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
       const T* k = k_ + unit.cache_row * p.k_stride[1] + head * p.k_stride[3];
       float* to = p.probes + (i * p.probe_rows + half_ * c_.first() + unit.row) * p.probe_capacity;

@@ -1,12 +1,12 @@
-// The loading threads of the split step: of each role one that streams what no kernel of the step writes, and one for the
-// rest.
+// The loading threads of the split step: of each role one or two that stream what the step does not write, and one that
+// waits for what it does.
 #pragma once
 
 #include "kernels/step/split_parts.cuh"
 
 namespace vivace::split {
 
-/// Fills a ring, at most `limit` stages at a time.
+/// Fills a ring, with at most `limit` stages under way at a time.
 template <int kStages>
 class Filler {
  public:
@@ -82,7 +82,7 @@ class Keys {
   const uint16_t *k_ = nullptr, *v_ = nullptr;
 };
 
-/// Streams them. Waits for free stages alone.
+/// Streams them; a stage is 64 keys (64, 64 dimensions) and behind them their values. Waits for free stages alone.
 template <typename S>
 __device__ __forceinline__ void stream_keys(const AttentionCta<S>& c, int group) {
   // Few at a time: what queues in front of memory holds up the products. Where keys are many, those have time.
@@ -92,7 +92,7 @@ __device__ __forceinline__ void stream_keys(const AttentionCta<S>& c, int group)
   for (Keys<S> keys(c, group); !keys.ended(); keys.next()) {
     fill(2 * keys.bytes(), [&](uint8_t* to, uint64_t* barrier) {
       bulk_load(to, keys.k(), keys.bytes(), barrier, sm90::kEvictFirst);
-      bulk_load(to + 8192, keys.v(), keys.bytes(), barrier, sm90::kEvictFirst);
+      bulk_load(to + kStageBytes / 2, keys.v(), keys.bytes(), barrier, sm90::kEvictFirst);
     });
   }
 }
@@ -102,7 +102,8 @@ template <typename S>
 __device__ __forceinline__ void watch_queries(const AttentionCta<S>& c) {
   const uint32_t layers = static_cast<uint32_t>(c.args.p.layers);
   const uint32_t before = load_acquire(c.counter(Counters::launches));
-  for (uint32_t n = before * layers + 1; n <= (before + 1) * layers; ++n) {
+  for (uint32_t layer = 0; layer < layers; ++layer) {
+    const uint32_t n = before * layers + layer + 1;  // layers since the workspace was zeroed; wraps
     for (int half = 0; half < 2; ++half) {
       wait_counter(c.counter(Counters::queries + half), S::workers * n);
       sm90::barrier_arrive(&c.shared.queries[half]);
@@ -137,19 +138,19 @@ __device__ __forceinline__ void stream_weights(const ProductCta<S>& c) {
   for (int layer = 0; layer < layers; ++layer) {
     for (int half = 0; half < 2; ++half) {
       begin(half);
-      for (int s = 0; s < S::blocks / 8 + (S::blocks % 8 != 0); ++s) {
-        fill(min(S::blocks, 8) * 2048, [&](uint8_t* to, uint64_t* barrier) {
+      for (int s = 0; s < (S::blocks + 7) / 8; ++s) {
+        fill(S::out_blocks * 2048, [&](uint8_t* to, uint64_t* barrier) {
           sm90::tma_load_3d(to, &args.out, barrier, 0, layer * S::hidden + 16 * c.cta, 8 * s, hint);
         });
       }
       for (int s = 0; s < S::blocks; ++s) {
-        fill(16384, [&](uint8_t* to, uint64_t* barrier) {
+        fill(kStageBytes, [&](uint8_t* to, uint64_t* barrier) {
           // (warpgroup, gate and up, 32 features)
           sm90::tma_load_5d(to, &args.gate_up, barrier, 64 * s, 0, 0, 2 * c.cta, layer, hint);
         });
       }
       for (int s = 0; s < S::blocks / 2; ++s) {
-        fill(16384, [&](uint8_t* to, uint64_t* barrier) {
+        fill(kStageBytes, [&](uint8_t* to, uint64_t* barrier) {
           sm90::tma_load_3d(to, &args.down, barrier, 0, layer * S::hidden + 64 * c.tile, c.slice * S::blocks + 2 * s, hint);
         });
       }
@@ -159,7 +160,7 @@ __device__ __forceinline__ void stream_weights(const ProductCta<S>& c) {
       }
       for (int tile = c.cta; c.has_tile(tile); tile += S::products) {
         for (int s = 0; s < S::blocks / 2; ++s) {
-          fill(16384, [&](uint8_t* to, uint64_t* barrier) {
+          fill(kStageBytes, [&](uint8_t* to, uint64_t* barrier) {
             sm90::tma_load_3d(to, &args.head, barrier, 0, 64 * tile, 2 * s, hint);
           });
         }
@@ -196,8 +197,9 @@ __device__ __forceinline__ void load_activations(const ProductCta<S>& c) {
     wait_x(half);
     load(args.x[half], 0);
   }
-  const int sums = Counters::down + c.cta / 4 * 2 + c.cta % 4 / 2;           // of the half tile with this CTA's 16 features
-  for (uint32_t n = before * layers + 1; n <= (before + 1) * layers; ++n) {  // layers since then
+  const int sums = Counters::down + c.cta / 4 * 2 + c.cta % 4 / 2;  // of the half tile with this CTA's 16 features
+  for (uint32_t layer = 0; layer < layers; ++layer) {
+    const uint32_t n = before * layers + layer + 1;  // layers since the workspace was zeroed; wraps
     for (int half = 0; half < 2; ++half) {
       wait_counter(c.counter(Counters::attended + half), 2 * args.attentions * n);
       load(args.attention[half], 0);
@@ -208,7 +210,7 @@ __device__ __forceinline__ void load_activations(const ProductCta<S>& c) {
       wait_counter(c.counter(sums + 32 * half), S::slices * n);
       sm90::barrier_arrive(&c.shared.ready);
       wait_x(half);
-      if (n < (before + 1) * layers) {
+      if (layer + 1 < layers) {
         load(args.x[half], 0);
       } else {
         for (int tile = c.cta; c.has_tile(tile); tile += S::products) load(args.x[half], 0);

@@ -1,6 +1,8 @@
 // What the roles of the split step share: rings, the work of a CTA, shared memory.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/common/convert.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/vector.cuh"
@@ -14,10 +16,13 @@ struct Row {
   int32_t row, cache_row, keys, newest;
 };
 
+/// A softmax state in shared memory: 64 dimensions of the unnormalised output, maximum, sum.
+inline constexpr int kStateMax = 64, kStateSum = 65, kStateFloats = 66;
+
 /// Behind the ring of a CTA that attends.
 struct AttentionShared {
-  float merged[2][2][4 * 66];  // softmax states of four warps; of a warpgroup, by turns
-  Row rows[2][kHalf];          // longest first
+  float merged[2][2][4 * kStateFloats];  // (warpgroup, its turn, warp) softmax states
+  Row rows[2][kHalf];                    // longest first
   int32_t lengths[kMaxRows];
   uint64_t full[2][8], empty[2][8];  // keys and values, of a warpgroup
   uint64_t queries[2];               // q, k and v of a half may be read
@@ -36,10 +41,8 @@ inline constexpr size_t kProductBytes = S::x_bytes + S::stages* kStageBytes;
 template <typename S>
 inline constexpr size_t kAttentionBytes = 2 * S::attention_stages* kStageBytes;
 template <typename S>
-inline constexpr size_t kSharedBytes = kProductBytes<S> + sizeof(ProductShared) > kAttentionBytes<S> +
-                                                                                      sizeof(AttentionShared)
-                                           ? kProductBytes<S> + sizeof(ProductShared)
-                                           : kAttentionBytes<S> + sizeof(AttentionShared);
+inline constexpr size_t kSharedBytes = std::max(kProductBytes<S> + sizeof(ProductShared),
+                                                kAttentionBytes<S> + sizeof(AttentionShared));
 
 /// A place in a ring of `slots`.
 struct Position {
@@ -65,7 +68,7 @@ struct Cta {
     attends = block < 2 * pairs ? block % 2 == 1 : a.attentions > S::products;
     cta = block < 2 * pairs ? block / 2 : block - pairs;
   }
-  /// Rows of the first half, of a half.
+  /// How many rows the first half has, which come first; and a half.
   __device__ __forceinline__ int first() const { return (rows + 1) / 2; }
   __device__ __forceinline__ int rows_of(int half) const { return half == 0 ? first() : rows - first(); }
 
@@ -96,13 +99,16 @@ struct AttentionCta : Cta<S> {
   uint8_t* ring;
   AttentionShared& shared;
   __device__ __forceinline__ AttentionCta(const Cta<S>& c, uint8_t* memory)
-      : Cta<S>(c), ring(memory), shared(*reinterpret_cast<AttentionShared*>(memory + kAttentionBytes<S>)) {}
+      : Cta<S>(c), ring(memory), shared(*reinterpret_cast<AttentionShared*>(memory + kAttentionBytes<S>)) {
+    static_assert(S::attention_stages <= 8 && kMaxRows <= S::threads);  // barriers; a thread a row in sort()
+  }
 
-  /// Sorts the rows of each half by their keys. By all threads, between barriers.
+  /// By all threads, then a barrier, then sort().
   __device__ __forceinline__ void read_lengths() const {
     const int t = static_cast<int>(threadIdx.x);
     if (t < this->rows) shared.lengths[t] = this->old_keys(t);
   }
+  /// Sorts the rows of each half by their keys, longest first. By all threads; then a barrier.
   __device__ __forceinline__ void sort() const {
     const int t = static_cast<int>(threadIdx.x);
     if (t >= this->rows) return;
@@ -144,7 +150,9 @@ struct ProductCta : Cta<S> {
         ring(memory + S::x_bytes),
         shared(*reinterpret_cast<ProductShared*>(memory + kProductBytes<S>)),
         tile(c.cta % S::heads),
-        slice(c.cta / S::heads) {}
+        slice(c.cta / S::heads) {
+    static_assert(S::stages <= 16 && S::groups <= 8);  // barriers
+  }
   __device__ __forceinline__ bool has_tile(int tile) const { return tile * int64_t{64} < this->args.p.vocab; }
 };
 

@@ -8,6 +8,7 @@
 
 #include "kernels/common/wgmma.cuh"
 #include "kernels/step/split_parts.cuh"
+#include "kernels/step/table.cuh"
 
 namespace vivace::split {
 
@@ -53,7 +54,7 @@ class Products {
   struct Half {
     float residual[4];  // features feature_ + {0, 1} of the worker's 8
     int cache_row[2], newest[2];
-    float cosine[2][2], sine[2][2];
+    float cosine[2][2], sine[2][2];  // (row, feature)
   };
   /// The state is in registers, which have no index: the halves take turns.
   __device__ __forceinline__ void turn() {
@@ -90,14 +91,13 @@ class Products {
   /// The residual stream's first values; what the first layer reads.
   __device__ __forceinline__ void embed(int half) {
     const StepParams& p = c_.args.p;
-    const auto clamp = [](int64_t i, int64_t size) { return i < 0 ? int64_t{0} : i < size ? i : size - 1; };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       mine_.residual[2 * i] = mine_.residual[2 * i + 1] = 0.0f;
       if (!has(i, half)) continue;
-      const int64_t request = clamp(p.row_request[half * c_.first() + row_ + 8 * i], p.requests);
-      const int64_t token = clamp(p.tokens[request], p.speech_tokens);
-      const int64_t position = clamp(p.positions[request], p.speech_positions);
+      const int64_t request = clamp_index(p.row_request[half * c_.first() + row_ + 8 * i], p.requests);
+      const int64_t token = clamp_index(p.tokens[request], p.speech_tokens);
+      const int64_t position = clamp_index(p.positions[request], p.speech_positions);
       const float2 a = pair(p.speech_emb, token * S::hidden + 8 * worker_ + feature_);
       const float2 b = pair(p.speech_pos_emb, position * S::hidden + 8 * worker_ + feature_);
       mine_.residual[2 * i] = to_float(from_float<T>(a.x + b.x));
@@ -112,7 +112,7 @@ class Products {
     const StepParams& p = c_.args.p;
     const Squares squares = load_squares(half);
     float acc[12];
-    multiply<24, 2, 1024>(acc, 6144, group_ * 3072);
+    multiply<24, 2>(acc, 6144, group_ * 3072);
     normalise(squares);
     const bool high = feature_ >= 4;
     const int head = worker_ / 8;
@@ -150,7 +150,7 @@ class Products {
   __device__ __forceinline__ void out(int layer, int half) {
     const float2 gain = pair(c_.args.p.post_norm, int64_t{layer} * S::hidden + 8 * worker_ + feature_);
     float acc[4];
-    multiply < 8, S::blocks<8 ? S::blocks : 8, 1024>(acc, 2048, group_ * 1024);
+    multiply<8, S::out_blocks>(acc, 2048, group_ * 1024);
 #pragma unroll
     for (int i = 0; i < 4; ++i) mine_.residual[i] += acc[i];
     send_residual(gain, half);
@@ -159,7 +159,7 @@ class Products {
   __device__ __forceinline__ void gate_up(int half) {
     const Squares squares = load_squares(half);
     float acc[32];
-    multiply<64, 1, 1024>(acc, 16384, group_ * 8192);
+    multiply<64, 1>(acc, 16384, group_ * 8192);
     normalise(squares);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -179,7 +179,7 @@ class Products {
   /// Sums over the CTA's quarter of the columns, for the owners of the features.
   __device__ __forceinline__ void down(int half) {
     float acc[16];
-    multiply<32, 2, 1024>(acc, 8192, group_ * 4096);
+    multiply<32, 2>(acc, 8192, group_ * 4096);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
       float* to = sums(half, 8 * c_.tile + 4 * group_ + u, c_.slice);
@@ -222,7 +222,7 @@ class Products {
     const Squares squares = load_squares(half);
     for (int tile = c_.cta; c_.has_tile(tile); tile += S::products) {
       float acc[16];
-      multiply<32, 2, 1024>(acc, 8192, group_ * 4096);
+      multiply<32, 2>(acc, 8192, group_ * 4096);
       if (tile == c_.cta) normalise(squares);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -326,13 +326,9 @@ class Products {
     sm90::named_barrier_sync(3, 256);
   }
 
-  static __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t stride) {
-    return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(stride >> 4) << 32 | uint64_t{1} << 62;
-  }
-
   /// sum = x (64, hidden) times kN features; a stage of the ring has kPerStage blocks, `block_bytes` apart, which begin at
-  /// `offset`, and whose eights of features are kStride bytes apart.
-  template <int kN, int kPerStage, int kStride>
+  /// `offset`, eights of features 1024 bytes apart, swizzled.
+  template <int kN, int kPerStage>
   __device__ __forceinline__ void multiply(float (&sum)[kN / 2], uint32_t block_bytes, uint32_t offset) {
     constexpr int kStep = kPerStage < S::group ? kPerStage : S::group;
 #pragma unroll
@@ -347,7 +343,8 @@ class Products {
       sm90::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
-        const uint64_t w = descriptor(stage + i * block_bytes, kStride), a = descriptor(x + i * S::block_bytes, 1024);
+        const uint64_t w = sm90::wgmma_descriptor(stage + i * block_bytes, 0);
+        const uint64_t a = sm90::wgmma_descriptor(x + i * S::block_bytes, 0);
 #pragma unroll
         for (int k = 0; k < 4; ++k) sm90::Wgmma<T, kN>::ss(sum, a + 2 * k, w + 2 * k, true);  // 32 bytes further
       }

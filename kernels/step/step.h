@@ -21,6 +21,7 @@ namespace vivace {
 ///   n at capacity (or past it): nothing is written; logits unspecified.
 ///   c negative: padding. No key is read or written; logits unspecified, but no fault and no effect on other rows.
 ///   tokens, positions, row_request outside their tables are clamped into them on CUDA, an error on the CPU.
+///   c at cache_rows or past it is an error on the CPU; on CUDA the caller must not ask for it.
 /// Rows may differ in everything; their order and number do not change what a row computes within one kernel family.
 struct StepParams {
   DType dtype = DType::kBFloat16;  // of weights, embeddings and caches

@@ -21,7 +21,9 @@ _ops = torch.ops.vivace
 _attention = _ops.attention.default
 _attention_varlen = _ops.attention_varlen.default
 _attention_with_kvcache = _ops.attention_with_kvcache.default
-_attention_with_kvcache_now = getattr(_attention_with_kvcache, "_op", _attention_with_kvcache)  # what it calls, at once
+# What OpOverload.__call__ calls and no more, a Python frame less: modes, subclasses and autograd stand behind it. The
+# name is private to torch, so without it the overload; compilers, which know overloads only, take that one anyway.
+_attention_with_kvcache_now = getattr(_attention_with_kvcache, "_op", _attention_with_kvcache)
 _NO_WINDOW = (-1, -1)
 
 
@@ -197,8 +199,9 @@ def attention_with_kvcache(
     compiling = torch.compiler.is_compiling()
     if compiling or not (q.is_contiguous() and _contiguous_or_none(k) and _contiguous_or_none(v)):
         q, k, v = map(_last_contiguous, (q, k, v))
-    # As in `attention`: what is as it is anyway is not handed over. One query sees every key, causal or not.
-    if causal and rotary_cos is None and cu_seqlens_q is None and q.dim() == 4 and q.shape[1] == 1:
+    # As in `attention`: what is as it is anyway is not handed over. One query sees every key, causal or not; a compiler
+    # is not asked, which would have to guard the answer.
+    if causal and not compiling and rotary_cos is None and cu_seqlens_q is None and q.dim() == 4 and q.shape[1] == 1:
         causal = False
     options = ()
     if not (

@@ -148,7 +148,8 @@ def flash_attn_with_kvcache(
         rotary_cos: (positions, rotary_dim / 2); k is rotated at cache_seqlens + t, q at cache_seqlens + i if causal or
             with a window, else at cache_seqlens. rotary_interleaved: pairs (2i, 2i + 1), else halves.
         cache_seqlens: int or int32 (batch,), the keys there are before the call; it is not advanced.
-        cache_batch_idx: int32 (batch,), each entry's row of the cache. cache_leftpad: int32 (batch,), its first key.
+        cache_batch_idx: int32 (batch,), each entry's row of the cache, with k no other's.
+        cache_leftpad: int32 (batch,), its first key.
         block_table: int32 (batch, max_pages).
         num_splits: of the keys; 0: chosen.
         The rest as in `flash_attn_func`. No gradient.

@@ -44,6 +44,9 @@ def test_all_cells_are_there():
     shapes = {(d, rows, s) for d in (64, 128) for rows in (2, 16, 40, 128) for s in (512, 1024, 4096)}
     pages = (0, presets.PAGE)
     assert cells("decode", "d", "rows", "s", "page") == {(*shape, page) for shape in shapes for page in pages}
+    operators = [f"torch.ops.vivace.{name}" for name in ("attention", "attention_with_kvcache")]
+    calls = {(call, language) for call in operators for language in ("Python", "C++")}
+    assert cells("decode", "call", "from") == calls | {("vivace.attention", "Python")}
     steps = [(rows, 300) for rows in (1, 2, 40, 128)] + [(rows, n) for rows in (2, 128) for n in (1000, 3000)]
     assert cells("step", "rows", "tokens", "arch") == {(*s, arch) for s in steps for arch in both}
     own = {(n, "vivace") for n in (1, 2, 5, 10, 20, 64)}
@@ -57,6 +60,15 @@ def test_all_cells_are_there():
 def test_all_were_measured_in_one_round():
     rows = [row for name in FIELDS for row in rows_of(name)]
     assert len({(row["unit"], row["commit"], row["torch"]) for row in rows}) == 1
+
+
+def test_the_planner_fills_each_card_and_is_right_within_five_percent():
+    cards = sorted(rows_of("cards"), key=lambda row: row["requests"])
+    for gib, row in zip((8, 12, 16, 24), cards, strict=True):
+        assert gib - 1 < row["vram_peak_gib"] <= gib - plan.RESERVE, row["case"]
+    for row in cards + rows_of("memory") + rows_of("generate"):
+        if row["implementation"] == "vivace":
+            assert abs(row["plan_gib"] / row["vram_peak_gib"] - 1) < 0.05, row["case"]
 
 
 def test_processes_stay_within_their_memory():

@@ -216,10 +216,10 @@ def test_dropout_drops_the_fraction_asked_for(case):
 
 
 @grid("attention_bitwise", cpu=4, cuda=12, mask=("full", "causal"), layout=("contiguous", "unaligned"))
-def test_twenty_runs_give_the_same_bits(case):
+def test_a_hundred_runs_give_the_same_bits(case):
     q, k, v = (arrange(case.randn(2, s, 4, 64), case.layout) for s in (129, 300, 300))
     first = OPS.attention(q, k, v, **MASKS[case.mask])
-    for _ in range(20):
+    for _ in range(100):
         again = OPS.attention(q, k, v, **MASKS[case.mask])
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 

@@ -179,11 +179,11 @@ def test_a_sequence_alone_gives_the_bits_it_has_in_the_batch(case):
 
 
 @grid("varlen_bitwise", cpu=2, cuda=6)
-def test_twenty_runs_give_the_same_bits(case):
+def test_a_hundred_runs_give_the_same_bits(case):
     q, k, v = (case.randn(n, 4, 64) for n in (120, 300, 300))
     arguments = (cumulative((50, 70), case.device), cumulative((100, 200), case.device), 70, 200)
     first = OPS.attention_varlen(q, k, v, *arguments, causal=True)
-    for _ in range(20):
+    for _ in range(100):
         again = OPS.attention_varlen(q, k, v, *arguments, causal=True)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 

@@ -426,17 +426,22 @@ def test_a_batch_entry_without_a_cache_row_gives_zero(seqlen_q):
 @pytest.mark.gpu
 def test_many_rows_in_one_batch():
     case = Case(device="cuda", dtype=torch.float16)
-    batch = 5000  # more than one launch takes
+    batch = 5000
     caches = [case.randn(64, 40, 2, 64) for _ in range(2)]
     lengths = torch.arange(batch, dtype=torch.int32, device="cuda") % 41
     index = (torch.arange(batch, dtype=torch.int32, device="cuda") * 7) % 64
     q = case.randn(batch, 1, 4, 64)
-    check_rows(torch.arange(0, batch, 37), q, *caches, cache_seqlens=lengths, cache_batch_idx=index)
+    chosen, chosen_lse = check_rows(
+        torch.arange(0, batch, 37), q, *caches, cache_seqlens=lengths, cache_batch_idx=index
+    )
     out, lse = OPS.attention_with_kvcache(q, *caches, cache_seqlens=lengths, cache_batch_idx=index, num_splits=1)
     for rows in torch.arange(batch, device="cuda").split(1000):
         options = {"cache_seqlens": lengths[rows], "cache_batch_idx": index[rows], "num_splits": 1}
         some, some_lse = OPS.attention_with_kvcache(q[rows], *caches, **options)
         assert torch.equal(some, out[rows]) and torch.equal(some_lse, lse[rows])
+    eps = torch.finfo(case.dtype).eps  # of values of a few units
+    torch.testing.assert_close(chosen.double(), out.double(), rtol=eps, atol=8 * eps)
+    assert_lse(chosen_lse, lse, lse_slack(None))
 
 
 @grid("kvcache_no_batch", cpu=2, cuda=3)
@@ -447,7 +452,7 @@ def test_an_empty_batch_gives_empty_outputs(case):
 
 
 @grid("kvcache_bitwise", cpu=3, cuda=12, num_splits=(0, 1, 4), page_size=(None, 16))
-def test_twenty_runs_give_the_same_bits(case):
+def test_a_hundred_runs_give_the_same_bits(case):
     caches = (
         [case.randn(12, 16, 2, 64) for _ in range(2)]
         if case.page_size
@@ -458,7 +463,7 @@ def test_twenty_runs_give_the_same_bits(case):
         options["block_table"] = torch.arange(12, dtype=torch.int32, device=case.device).view(2, 6)
     q = case.randn(2, 1, 4, 64)
     first = OPS.attention_with_kvcache(q, *caches, **options)
-    for _ in range(20):
+    for _ in range(100):
         again = OPS.attention_with_kvcache(q, *caches, **options)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 

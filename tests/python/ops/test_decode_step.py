@@ -14,6 +14,7 @@ from vivace.t3.rotary import rotary_table
 from .cases import OPS
 
 FAMILIES = {"auto": 0, "persistent": 1, "chain": 2, "split": 3}
+KERNELS = {1: "step_persistent", 2: "step_chain", 3: "step_split"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +161,8 @@ def check_step(model, state, family=0):
     low = model.reference(state, model.dtype)
     before_k, before_v = model.k.clone(), model.v.clone()
     logits = model.step(state, family)
+    if family:
+        assert ops.decode_step_kernel() == KERNELS[family]
     assert logits.dtype == torch.float32 and logits.device == state.tokens.device
     assert_accurate(logits.cpu().double(), exact[0].cpu(), low[0].cpu(), atol=1e-5, what="logits")
     for name, cache, before, new, rough in (
@@ -201,22 +204,19 @@ def test_steps_follow_each_other_and_lengths_grow(target, dtype):
 
 
 @pytest.mark.parametrize("lengths", [(1,), (300, 300), (1, 130, 700, 3000)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.gpu
-def test_a_step_of_the_real_shape_equals_the_reference(lengths):
-    for family in FAMILIES.values():
-        model = Model(T3, torch.bfloat16, "cuda", 3008, len(lengths) + 1)
-        state = make_state(model, list(lengths), guided=[0] if len(lengths) > 1 else None)
-        try:
-            check_step(model, state, family)
-        except pytest.skip.Exception:
-            if family == 0:
-                raise
+def test_a_step_of_the_real_shape_equals_the_reference(lengths, family):
+    model = Model(T3, torch.bfloat16, "cuda", 3008, len(lengths) + 1)
+    state = make_state(model, list(lengths), guided=[0] if len(lengths) > 1 else None)
+    check_step(model, state, FAMILIES[family])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(15, 17), (16, 511, 513), (0, 512, 1024, 1025), (2047, 2300)], ids=str)
 def test_lengths_around_the_ends_of_groups_and_parts_equal_the_reference(lengths):
-    """The persistent kernel reads 16 keys at a time, 256 at once, and splits a row at 512, 1,024 and 2,048."""
+    """The persistent kernel reads 16 keys at a time, 256 at once, and splits a row past 512 keys into 4 parts and past
+    1,024 into 8, which have more than 256 keys each from 2,049 on."""
     model = Model(dataclasses.replace(T3, layers=2), torch.bfloat16, "cuda", 2304, len(lengths) + 1)
     check_step(model, make_state(model, list(lengths)), family=1)
 
@@ -239,6 +239,17 @@ def test_many_rows_of_mixed_lengths_equal_the_reference(rows):
     check_step(model, make_state(model, lengths))
 
 
+@pytest.mark.gpu
+def test_the_number_of_rows_chooses_the_kernel():
+    """Where all three take the model: up to 4 rows, up to 64, and more."""
+    model = Model(dataclasses.replace(T3, layers=1), torch.bfloat16, "cuda", 40, 130)
+    for family in KERNELS:
+        model.workspace(1, family)  # skips where the family does not take the model
+    for rows, family in ((1, 1), (4, 1), (5, 2), (64, 2), (65, 3), (130, 3)):
+        model.step(make_state(model, [7] * rows))
+        assert ops.decode_step_kernel() == KERNELS[family], f"{rows} rows"
+
+
 def test_a_row_alone_gives_the_bits_that_it_gives_among_others(target):
     device, family = target
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -250,11 +261,13 @@ def test_a_row_alone_gives_the_bits_that_it_gives_among_others(target):
     lengths = torch.randint(0, capacity - 1, (max(counts),)).tolist()
     everything = make_state(model, lengths)
     model.workspace(max(counts), family)  # one for all calls
-    alone = {r: model.step(everything.rows([r]), family)[0] for r in (0, 1)}
+    # The first rows, and the last of each number: of the second half of a launch, or of the second launch.
+    alone = {r: model.step(everything.rows([r]), family)[0] for r in sorted({0, 1, *(count - 1 for count in counts)})}
     for count in counts:
         logits = model.step(everything.rows(list(range(count))), family)
         for r, expected in alone.items():
-            assert torch.equal(logits[r], expected), f"row {r} among {count} rows is off by a bit"
+            if r < count:
+                assert torch.equal(logits[r], expected), f"row {r} among {count} rows is off by a bit"
 
 
 def test_the_same_step_twice_gives_the_same_bits(target):

@@ -1,0 +1,45 @@
+// What the kernels that are a whole step (persistent, split) use of the machine beyond kernels/common: their shared memory,
+// and waits that end. A packet or count that never comes would otherwise hang the device.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common/tma.cuh"
+
+namespace vivace::step {
+
+/// The block's dynamic shared memory, aligned for the 128-byte swizzle.
+__device__ __forceinline__ uint8_t* dynamic_shared() {
+  extern __shared__ __align__(1024) uint8_t step_shared[];
+  return step_shared;
+}
+
+/// Ends the grid with an error, an illegal address: a store to address 0. Not by `trap`: with one anywhere in a kernel,
+/// ptxas (13.0) keeps all warps to the registers of the launch bounds, whatever setmaxnreg gives them, and spills.
+__device__ __forceinline__ void fail() { asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory"); }
+
+/// Ends a wait that can only be a deadlock: kTurns looks are some seconds.
+template <uint32_t kTurns>
+struct Watchdog {
+  uint32_t turns = 0;
+  __device__ __forceinline__ void check() {
+    if (++turns > kTurns) fail();
+  }
+};
+
+/// mbarrier.try_wait.parity: whether the phase of `parity` has completed, after a bounded suspension.
+__device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
+               : "=r"(done)
+               : "r"(sm90::smem_address(barrier)), "r"(parity)
+               : "memory");
+  return done != 0;
+}
+template <uint32_t kTurns>
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  Watchdog<kTurns> watchdog;
+  while (!barrier_try_wait(barrier, parity)) watchdog.check();
+}
+
+}  // namespace vivace::step
