@@ -12,6 +12,7 @@
 
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/vector.cuh"
+#include "kernels/step/softmax_state.cuh"
 
 namespace vivace {
 
@@ -57,29 +58,6 @@ __device__ __forceinline__ bool has_new_key(const ChainAttentionArgs& args, int 
   const int n = args.cache_seqlens[row];
   return args.cache_batch_idx[row] >= 0 && n >= 0 && n < args.capacity;
 }
-
-/// Softmax state over some keys, scores in powers of two: maximum, sum, and 8 dimensions of the unnormalised output.
-struct SoftmaxState {
-  float max = -INFINITY, sum = 0.0f, out[8] = {};
-
-  /// Both states as one, the other's parts given.
-  __device__ __forceinline__ float rescale(float other_max, float& its) {
-    const float largest = fmaxf(max, other_max), offset = largest == -INFINITY ? 0.0f : largest;
-    const float mine = ptx::exp2_approx(max - offset);
-    its = ptx::exp2_approx(other_max - offset);
-    max = largest;
-    return mine;
-  }
-
-  /// Merges with the lane `distance` away.
-  __device__ __forceinline__ void merge(int distance) {
-    float its;
-    const float mine = rescale(__shfl_xor_sync(~0u, max, distance), its);
-    sum = sum * mine + __shfl_xor_sync(~0u, sum, distance) * its;
-#pragma unroll
-    for (int d = 0; d < 8; ++d) out[d] = out[d] * mine + __shfl_xor_sync(~0u, out[d], distance) * its;
-  }
-};
 
 template <typename T, int kStages>
 __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __grid_constant__ ChainAttentionArgs args) {
@@ -169,7 +147,7 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
 #pragma unroll
     for (int d = 0; d < 8; ++d) q[d] *= args.scale_log2;
 
-    SoftmaxState state;
+    step::SoftmaxState state;
     if (warp == 0 && has_new_key(args, row)) {
       float k[8];
       unpack_vector<T>(fresh.k, k);
@@ -196,18 +174,11 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
 #pragma unroll
         for (int u = 0; u < 4; ++u) s[u] += __shfl_xor_sync(~0u, s[u], distance);
       }
-      float largest = state.max;
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         if (block * kAttentionBlock + u * 4 + group >= keys) s[u] = -INFINITY;
-        largest = fmaxf(largest, s[u]);
       }
-      const float offset = largest == -INFINITY ? 0.0f : largest;  // nothing seen yet: not -inf - -inf
-      const float rescale = ptx::exp2_approx(state.max - offset);
-      state.max = largest;
-      state.sum *= rescale;
-#pragma unroll
-      for (int d = 0; d < 8; ++d) state.out[d] *= rescale;
+      const float offset = state.raise(s);
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         const float p = ptx::exp2_approx(s[u] - offset);
@@ -223,33 +194,13 @@ __global__ void __launch_bounds__(kAttentionThreads) attention_kernel(const __gr
 
     state.merge(8);
     state.merge(16);
-    float* const states = merged + turn % 2 * 4 * 66;  // (4, 66): the set before may still be read
-    if (lane < 8) {
-#pragma unroll
-      for (int d = 0; d < 8; ++d) states[warp * 66 + dim + d] = state.out[d];
-      if (lane == 0) {
-        states[warp * 66 + 64] = state.max;
-        states[warp * 66 + 65] = state.sum;
-      }
-    }
+    float* const states = merged + turn % 2 * 4 * step::SoftmaxState::kFloats;  // (4, kFloats): the set before may be read
+    state.store(states, warp, lane, dim);
     __syncthreads();
     if (warp == turn % 4) {
-      float largest = -INFINITY;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) largest = fmaxf(largest, states[w * 66 + 64]);
-      const float offset = largest == -INFINITY ? 0.0f : largest;
-      float sum = 0.0f, lo = 0.0f, hi = 0.0f;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const float weight = ptx::exp2_approx(states[w * 66 + 64] - offset);
-        const float2 part = *reinterpret_cast<const float2*>(states + w * 66 + 2 * lane);
-        sum += weight * states[w * 66 + 65];
-        lo += weight * part.x;
-        hi += weight * part.y;
-      }
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      static_cast<uint32_t*>(args.out)[int64_t{unit} * 32 + lane] = pack2<T>(lo * inverse, hi * inverse);
-      if (args.lse != nullptr && lane == 0) args.lse[unit] = sum == 0.0f ? 0.0f : offset + log2f(sum);
+      const step::SoftmaxOutput o(states, lane);
+      static_cast<uint32_t*>(args.out)[int64_t{unit} * 32 + lane] = pack2<T>(o.lo, o.hi);
+      if (args.lse != nullptr && lane == 0) args.lse[unit] = o.sum == 0.0f ? 0.0f : o.offset + log2f(o.sum);
     }
   }
 }

@@ -9,22 +9,6 @@
 
 namespace vivace::split {
 
-/// Softmax state over some keys, scores in powers of two: maximum, sum, and 8 dimensions of the unnormalised output.
-struct State {
-  float max = -INFINITY, sum = 0.0f, out[8] = {};
-
-  /// Merges with the lane `distance` away.
-  __device__ __forceinline__ void merge(int distance) {
-    const float other = __shfl_xor_sync(~0u, max, distance);
-    const float largest = fmaxf(max, other), offset = largest == -INFINITY ? 0.0f : largest;
-    const float mine = ptx::exp2_approx(max - offset), its = ptx::exp2_approx(other - offset);
-    max = largest;
-    sum = sum * mine + __shfl_xor_sync(~0u, sum, distance) * its;
-#pragma unroll
-    for (int d = 0; d < 8; ++d) out[d] = out[d] * mine + __shfl_xor_sync(~0u, out[d], distance) * its;
-  }
-};
-
 template <typename T, typename S>
 class Attention {
  public:
@@ -112,33 +96,13 @@ class Attention {
 
     state.merge(8);
     state.merge(16);
-    if (lane_ < 8) {  // (4, kStateFloats): the set of the turn before may still be read
-#pragma unroll
-      for (int d = 0; d < 8; ++d) states[warp_ * kStateFloats + dim_ + d] = state.out[d];
-      if (lane_ == 0) {
-        states[warp_ * kStateFloats + kStateMax] = state.max;
-        states[warp_ * kStateFloats + kStateSum] = state.sum;
-      }
-    }
+    state.store(states, warp_, lane_, dim_);  // (4, kFloats): the set of the turn before may still be read
     sm90::named_barrier_sync(2 + group_, 128);
     if (warp_ == turn_ % 4) {
-      float largest = -INFINITY;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) largest = fmaxf(largest, states[w * kStateFloats + kStateMax]);
-      const float offset = largest == -INFINITY ? 0.0f : largest;
-      float sum = 0.0f, lo = 0.0f, hi = 0.0f;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const float weight = ptx::exp2_approx(states[w * kStateFloats + kStateMax] - offset);
-        const float2 part = *reinterpret_cast<const float2*>(states + w * kStateFloats + 2 * lane_);
-        sum += weight * states[w * kStateFloats + kStateSum];
-        lo += weight * part.x;
-        hi += weight * part.y;
-      }
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const step::SoftmaxOutput o(states, lane_);
       uint32_t* to =
           c_.template at<uint32_t>(half_, AttentionCta<S>::L::attention) + (unit.row * S::hidden + head * 64) / 2 + lane_;
-      *to = pack2<T>(lo * inverse, hi * inverse);
+      *to = pack2<T>(o.lo, o.hi);
     }
     probe(unit, head, q, states, layer);
   }
@@ -168,18 +132,11 @@ class Attention {
 #pragma unroll
       for (int u = 0; u < kKeys; ++u) s[u] += __shfl_xor_sync(~0u, s[u], distance);
     }
-    float largest = state.max;
 #pragma unroll
     for (int u = 0; u < kKeys; ++u) {
       if (u / 4 * 64 + u % 4 * 4 + mine >= keys) s[u] = -INFINITY;  // whatever the stage held before
-      largest = fmaxf(largest, s[u]);
     }
-    const float offset = largest == -INFINITY ? 0.0f : largest;  // nothing seen yet: not -inf - -inf
-    const float rescale = ptx::exp2_approx(state.max - offset);
-    state.max = largest;
-    state.sum *= rescale;
-#pragma unroll
-    for (int d = 0; d < 8; ++d) state.out[d] *= rescale;
+    const float offset = state.raise(s);
 #pragma unroll
     for (int u = 0; u < kKeys; ++u) {
       const float e = ptx::exp2_approx(s[u] - offset);
@@ -206,14 +163,8 @@ class Attention {
     if (p.probes == nullptr) return;
     for (int i = 0; i < static_cast<int>(p.probe_count); ++i) {
       if (p.probe_layer[i] != layer || p.probe_head[i] != head) continue;
-      float largest = -INFINITY, sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) largest = fmaxf(largest, states[w * kStateFloats + kStateMax]);
-      const float offset = largest == -INFINITY ? 0.0f : largest;
-#pragma unroll
-      for (int w = 0; w < 4; ++w)
-        sum += ptx::exp2_approx(states[w * kStateFloats + kStateMax] - offset) * states[w * kStateFloats + kStateSum];
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const step::SoftmaxOutput o(states, lane_);
+      const float offset = o.offset, inverse = o.sum == 0.0f ? 0.0f : 1.0f / o.sum;
       const T* k = k_ + unit.cache_row * p.k_stride[1] + head * p.k_stride[3];
       float* to = p.probes + (i * p.probe_rows + half_ * c_.first() + unit.row) * p.probe_capacity;
       const int seen = unit.newest >= 0 ? unit.newest + 1 : unit.keys;

@@ -6,6 +6,7 @@
 #include "kernels/common/convert.cuh"
 #include "kernels/common/ptx.cuh"
 #include "kernels/common/vector.cuh"
+#include "kernels/step/softmax_state.cuh"
 #include "kernels/step/split.h"
 #include "kernels/step/split_ptx.cuh"
 
@@ -16,13 +17,12 @@ struct Row {
   int32_t row, cache_row, keys, newest;
 };
 
-/// A softmax state in shared memory: 64 dimensions of the unnormalised output, maximum, sum.
-inline constexpr int kStateMax = 64, kStateSum = 65, kStateFloats = 66;
+using State = step::SoftmaxState;
 
 /// Behind the ring of a CTA that attends.
 struct AttentionShared {
-  float merged[2][2][4 * kStateFloats];  // (warpgroup, its turn, warp) softmax states
-  Row rows[2][kHalf];                    // longest first
+  float merged[2][2][4 * State::kFloats];  // (warpgroup, its turn, warp) softmax states
+  Row rows[2][kHalf];                      // longest first
   int32_t lengths[kMaxRows];
   uint64_t full[2][8], empty[2][8];  // keys and values, of a warpgroup
   uint64_t queries[2];               // q, k and v of a half may be read

@@ -487,6 +487,19 @@ def test_a_row_alone_gives_the_bits_it_has_in_the_batch(case):
         assert torch.equal(alone[0], out[b]) and torch.equal(alone_lse[0], lse[b])
 
 
+def captured(step):
+    """A CUDA graph of step(), which has run once on another stream, and what the captured call gave."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        given = step()
+    return graph, given
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_splits", [0, 4])
 def test_a_graph_replays_with_lengths_that_grow(num_splits):
@@ -507,14 +520,7 @@ def test_a_graph_replays_with_lengths_that_grow(num_splits):
     def step():
         return OPS.attention_with_kvcache(q, *caches, k, v, lengths, **options)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, _ = step()
+    graph, (out, _) = captured(step)
     for _ in range(5):
         for t in (q, k, v):
             t.copy_(torch.randn_like(t))
@@ -581,14 +587,7 @@ def test_what_the_kernels_before_write_is_what_is_read(heads, head_dim, page_siz
             torch.add(source, 0, out=to)  # a kernel: a copy would not be one
         return OPS.attention_with_kvcache(q, k_cache, v_cache, **options)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = step()
+    graph, (out, lse) = captured(step)
     for wrong in (0, -1, 10**9):
         for name, t in options.items():
             t.fill_(wrong if name != "cache_seqlens" else abs(wrong))
