@@ -43,7 +43,7 @@ BENCHES = {
 #: compute-sanitizer's tools, what each leaves out, and what tests/python/ops/sanitize.py, which says why, is told.
 SANITIZERS = {
     "memcheck": ([], []),
-    "racecheck": ([], ["--brief"]),
+    "racecheck": ([], ["--brief", "--every-lane"]),
     "initcheck": ([], ["--brief", "--whole-rows"]),
     "synccheck": (["--kernel-name-exclude", "kernel_substring=persistent_kernel"], ["--brief", "--one-place"]),
 }

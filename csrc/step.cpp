@@ -137,8 +137,11 @@ void check_probes(const Checker& check, const StepArgs& a, StepParams& p) {
 /// From this many rows on the split kernel is faster than the chain (docs/performance.md).
 [[maybe_unused]] constexpr int64_t kSplitRows = 65;
 
-/// The families' parts of the workspace lie behind each other: the persistent kernel's, the split kernel's, the chain's. The
-/// first two, rounded up so that the next is aligned, are the same for any number of rows.
+/// From and to this many rows the mesh kernel is faster than the chain, whatever the lengths (docs/performance.md).
+[[maybe_unused]] constexpr int64_t kMeshRowsLeast = 5, kMeshRowsMost = 64;
+
+/// The families' parts of the workspace lie behind each other: the persistent kernel's, the split kernel's, the mesh
+/// kernel's, the chain's. All but the last, rounded up so that the next is aligned, are the same for any number of rows.
 [[maybe_unused]] constexpr size_t region(size_t bytes) { return (bytes + 1023) / 1024 * 1024; }
 
 bool persistent_supported([[maybe_unused]] const StepParams& p) {
@@ -152,6 +155,14 @@ bool persistent_supported([[maybe_unused]] const StepParams& p) {
 bool split_supported([[maybe_unused]] const StepParams& p) {
 #ifdef VIVACE_STEP_SPLIT
   return step_split_supported(p);
+#else
+  return false;
+#endif
+}
+
+bool mesh_supported([[maybe_unused]] const StepParams& p) {
+#ifdef VIVACE_STEP_MESH
+  return step_mesh_supported(p);
 #else
   return false;
 #endif
@@ -186,6 +197,18 @@ size_t split_bytes([[maybe_unused]] const StepParams& p) {
 #endif
 }
 
+size_t mesh_bytes([[maybe_unused]] const StepParams& p) {
+#ifdef VIVACE_STEP_MESH
+  // As for the persistent kernel.
+  StepParams one = p;
+  one.rows = one.requests = 1;
+  one.probes = nullptr;
+  return step_mesh_supported(one) ? region(step_mesh_workspace(one)) : 0;
+#else
+  return 0;
+#endif
+}
+
 size_t chain_bytes([[maybe_unused]] const StepParams& p) {
 #ifdef VIVACE_STEP_CHAIN
   return step_chain_supported(p) ? step_chain_workspace(p) : 0;
@@ -202,8 +225,10 @@ StepFamily choose(const StepParams& p, StepFamily wanted) {
   const bool persistent = takes(StepFamily::kPersistent, persistent_supported(p));
   const bool chain = takes(StepFamily::kChain, chain_supported(p));
   const bool split = takes(StepFamily::kSplit, split_supported(p));
-  if (persistent && (p.rows <= kPersistentRows || !(chain || split))) return StepFamily::kPersistent;
-  if (split && (p.rows >= kSplitRows || !chain)) return StepFamily::kSplit;
+  const bool mesh = takes(StepFamily::kMesh, mesh_supported(p));
+  if (persistent && (p.rows <= kPersistentRows || !(chain || split || mesh))) return StepFamily::kPersistent;
+  if (split && (p.rows >= kSplitRows || !(chain || mesh))) return StepFamily::kSplit;
+  if (mesh && ((p.rows >= kMeshRowsLeast && p.rows <= kMeshRowsMost) || !chain)) return StepFamily::kMesh;
   return chain ? StepFamily::kChain : StepFamily::kAuto;
 }
 
@@ -221,14 +246,15 @@ void run_cuda(const StepParams& params, StepFamily wanted, int device_index, cud
         wanted == StepFamily::kPersistent ? "persistent "
         : wanted == StepFamily::kChain    ? "chained "
         : wanted == StepFamily::kSplit    ? "split "
+        : wanted == StepFamily::kMesh     ? "mesh "
                                           : "",
         "CUDA kernel of this build takes ", p.rows, " rows of ", dtype_name(p.dtype), ", hidden ", p.hidden, ", ", p.heads,
         " heads of ", p.head_dim, " (", p.heads_kv, " of keys), intermediate ", p.intermediate, ", vocabulary ", p.vocab,
         p.probes != nullptr ? ", with probes" : "", " on compute capability ", cuda_device(device_index).capability,
         "; run the model's layers one by one");
   [[maybe_unused]] const size_t front = persistent_bytes(p);
-  [[maybe_unused]] const size_t middle = split_bytes(p);
-  const size_t needed = front + middle + chain_bytes(p);
+  [[maybe_unused]] const size_t middle = split_bytes(p), mesh = mesh_bytes(p);
+  const size_t needed = front + middle + mesh + chain_bytes(p);
   check(p.workspace_bytes >= needed, kOp, "workspace has ", p.workspace_bytes, " bytes, expected ", needed,
         " (decode_step_workspace)");
   check(reinterpret_cast<uintptr_t>(p.workspace) % 256 == 0, kOp, "workspace does not start at a multiple of 256 bytes");
@@ -247,11 +273,19 @@ void run_cuda(const StepParams& params, StepFamily wanted, int device_index, cud
     return check_cuda(kOp, last_kernel, step_split(p, stream));
   }
 #endif
+#ifdef VIVACE_STEP_MESH
+  if (family == StepFamily::kMesh) {
+    last_kernel = "step_mesh";
+    p.workspace = static_cast<char*>(p.workspace) + front + middle;
+    p.workspace_bytes = mesh;
+    return check_cuda(kOp, last_kernel, step_mesh(p, stream));
+  }
+#endif
 #ifdef VIVACE_STEP_CHAIN
   if (family == StepFamily::kChain) {
     last_kernel = "step_chain";
-    p.workspace = static_cast<char*>(p.workspace) + front + middle;
-    p.workspace_bytes -= front + middle;
+    p.workspace = static_cast<char*>(p.workspace) + front + middle + mesh;
+    p.workspace_bytes -= front + middle + mesh;
     return check_cuda(kOp, last_kernel, step_chain(p, stream));
   }
 #endif
@@ -336,7 +370,7 @@ int64_t step_workspace(const TensorView& qkv, const TensorView& down, const Tens
   std::copy_n(k_cache.strides.begin(), 4, p.k_stride);
   std::copy_n(k_cache.strides.begin(), 4, p.v_stride);
   if (choose(p, family) == StepFamily::kAuto) return -1;
-  return static_cast<int64_t>(persistent_bytes(p) + split_bytes(p) + chain_bytes(p));
+  return static_cast<int64_t>(persistent_bytes(p) + split_bytes(p) + mesh_bytes(p) + chain_bytes(p));
 #else
   return -1;
 #endif

@@ -19,7 +19,7 @@ struct StepArgs {
 };
 
 /// Which implementation runs a step on CUDA.
-enum class StepFamily : int64_t { kAuto, kPersistent, kChain, kSplit };
+enum class StepFamily : int64_t { kAuto, kPersistent, kChain, kSplit, kMesh };
 
 /// The caller sets logits.
 StepParams check_step(const StepArgs& args);
@@ -29,7 +29,8 @@ void run_step(const StepParams& params, StepFamily family, DeviceType device, in
 int64_t step_workspace(const TensorView& qkv, const TensorView& down, const TensorView& head, const TensorView& k_cache,
                        int64_t rows, bool probes, StepFamily family);
 
-/// What this thread's last step ran on: "cpu", "step_persistent", "step_chain", "step_split"; "" before the first.
+/// What this thread's last step ran on: "cpu", "step_persistent", "step_chain", "step_split", "step_mesh"; "" before the
+/// first.
 const char* last_step_kernel();
 
 }  // namespace vivace

@@ -18,7 +18,7 @@ struct Module;
 namespace vivace {
 
 /// Which kernels run a step (csrc/step.h).
-enum class StepFamily : int64_t { kAuto, kPersistent, kChain, kSplit };
+enum class StepFamily : int64_t { kAuto, kPersistent, kChain, kSplit, kMesh };
 
 class Decoder {
  public:

@@ -11,8 +11,8 @@ namespace vivace {
 namespace {
 
 StepFamily family_of(const char* op, int64_t family) {
-  check(family >= 0 && family <= 3, op, "family is ", family,
-        ", expected 0 (automatic), 1 (persistent), 2 (chain) or 3 (split)");
+  check(family >= 0 && family <= 4, op, "family is ", family,
+        ", expected 0 (automatic), 1 (persistent), 2 (chain), 3 (split) or 4 (mesh)");
   return static_cast<StepFamily>(family);
 }
 

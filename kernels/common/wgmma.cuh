@@ -48,6 +48,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_of(uint32_t low) {
 /// The products of one shape, m64 n `kN` k16, on elements `T`; the accumulator is float[kN / 2] a thread.
 ///   ss: d = A B + (accumulate ? d : 0); A and B K-major in shared memory
 ///   rs: d = A B + (accumulate ? d : 0); A in registers, B MN-major in shared memory
+///   rs_k: the same, B K-major
 template <typename T, int kN>
 struct Wgmma;
 
@@ -106,6 +107,12 @@ struct Wgmma;
     static __device__ __forceinline__ void rs(float (&d)[r], const uint32_t (&a)[4], uint64_t b, bool accumulate) {    \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
                    "." type " {" VIVACE_REGISTERS_##r "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " a4 ", p, 1, 1, 1;\n}\n"  \
+                   : VIVACE_OUTPUTS_##r                                                                                \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));           \
+    }                                                                                                                  \
+    static __device__ __forceinline__ void rs_k(float (&d)[r], const uint32_t (&a)[4], uint64_t b, bool accumulate) {  \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
+                   "." type " {" VIVACE_REGISTERS_##r "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " a4 ", p, 1, 1, 0;\n}\n"  \
                    : VIVACE_OUTPUTS_##r                                                                                \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));           \
     }                                                                                                                  \

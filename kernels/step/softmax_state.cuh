@@ -1,4 +1,5 @@
-// Softmax over the keys of one row and head of 64 dimensions, as groups of 8 lanes and then four warps see parts of them.
+// Softmax over the keys of one row and head of 64 dimensions, as groups of 8 lanes (in the chain) and then four warps (in
+// the split kernel, too) see parts of them.
 #pragma once
 
 #include "kernels/common/ptx.cuh"

@@ -29,9 +29,9 @@ bool encode_matrix(CUtensorMap& map, DType dtype, const void* data, int64_t outp
   return encode(map, dtype, data, {64, outputs, inputs / 64}, {inputs * 2, 128}, {64, rows, groups});
 }
 
-template <typename T, int kHeads>
-cudaError_t launch(const StepParams& p, cudaStream_t stream) {
-  using S = Shape<kHeads>;
+template <typename T, int kHeads, int kParts>
+cudaError_t launch_parts(const StepParams& p, cudaStream_t stream) {
+  using S = Shape<kHeads, kParts>;
   using L = Layout<kHeads>;
   Args args;
   args.p = p;
@@ -39,27 +39,29 @@ cudaError_t launch(const StepParams& p, cudaStream_t stream) {
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   args.attentions = multiprocessors / 2 * 2 - S::products;
+  args.signals = 2 * args.attentions;
   const int64_t row = S::hidden * 2;
-  const auto activations = [&](CUtensorMap(&maps)[2], size_t at, int64_t columns) {
+  const auto activations = [&](CUtensorMap(&maps)[kMaxParts], size_t at, int64_t columns) {
     bool done = true;
-    for (int half = 0; half < 2; ++half) {
-      done = done && encode(maps[half], p.dtype, static_cast<char*>(p.workspace) + half * L::half + at,
-                            {64, kHalf, columns / 64}, {columns * 2, 128}, {64, kHalf, S::group});
+    for (int part = 0; part < kParts; ++part) {
+      done = done && encode(maps[part], p.dtype, static_cast<char*>(p.workspace) + part * L::part + at,
+                            {64, kPartRows, columns / 64}, {columns * 2, 128}, {64, kPartRows, S::group});
     }
     return done;
   };
-  // Fours of outputs: i and 32 + i of a head, a rotary pair, of q, k and v in one box. Gate and up: 32 of both, twice.
-  if (!encode(args.qkv, p.dtype, p.qkv, {S::hidden, 4, 2, 3, p.layers * 3 * S::hidden / 4},
-              {row, 32 * row, S::hidden * row, 4 * row}, {64, 4, 2, 3, 1}) ||
+  // In one box of qkv: 4 outputs i and 32 + i of a head, rotary pairs, of q, k and v, in 2 blocks of columns. Gate and up:
+  // 32 of both, twice.
+  if (!encode(args.qkv, p.dtype, p.qkv, {64, p.layers * 3 * S::hidden, 2, 3, S::hidden / 64},
+              {row, 32 * row, S::hidden * row, 128}, {64, 4, 2, 3, 2}) ||
       !encode(args.gate_up, p.dtype, p.gate_up, {S::hidden, 32, 2, S::intermediate / 32, p.layers},
               {row, S::intermediate * row, 32 * row, 2 * S::intermediate * row}, {64, 32, 2, 2, 1}) ||
       !encode_matrix(args.out, p.dtype, p.out, p.layers * S::hidden, S::hidden, 16, S::out_blocks) ||
       !encode_matrix(args.down, p.dtype, p.down, p.layers * S::hidden, S::intermediate, 64, 2) ||
-      !encode_matrix(args.head, p.dtype, p.head, p.vocab, S::hidden, 64, 2) || !activations(args.x, L::x, S::hidden) ||
+      !encode_matrix(args.head, p.dtype, p.head, p.vocab, S::hidden, S::tile, 1) || !activations(args.x, L::x, S::hidden) ||
       !activations(args.attention, L::attention, S::hidden) || !activations(args.gated, L::gated, S::intermediate)) {
     return cudaErrorInvalidValue;
   }
-  const auto kernel = split_kernel<T, kHeads>;
+  const auto kernel = split_kernel<T, kHeads, kParts>;
   constexpr size_t kBytes = kSharedBytes<S>;
   static_assert(kBytes <= 227 * 1024);
   const cudaError_t status =
@@ -79,6 +81,15 @@ cudaError_t launch(const StepParams& p, cudaStream_t stream) {
   config.attrs = attributes;
   config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+/// A part has up to 64 rows: what the products do for it takes as long for fewer, so there are no more parts than needed,
+/// but two, which take turns.
+template <typename T, int kHeads>
+cudaError_t launch(const StepParams& p, cudaStream_t stream) {
+  if (p.rows <= 2 * kPartRows) return launch_parts<T, kHeads, 2>(p, stream);
+  if (p.rows <= 3 * kPartRows) return launch_parts<T, kHeads, 3>(p, stream);
+  return launch_parts<T, kHeads, 4>(p, stream);
 }
 
 /// A head's keys are contiguous, and rows of all caches 16-byte aligned.

@@ -1,8 +1,13 @@
 // Attention of the split step: a warpgroup takes one unit, a row and a head, at a time.
 //
-// A stage of the ring holds 64 keys and their values; warp w of the four has keys 16 w ... 16 w + 15 of it. In a warp 8
-// lanes share a key, 16 bytes each. Each of the 16 groups of 8 lanes has a softmax state of its own; they are merged in a
-// fixed order at the end, so what a row computes depends on its own length alone. The newest key and value come from memory.
+// A stage of the ring holds 64 keys and their values; warp w of the four has keys 16 w ... 16 w + 15 of it. Their products
+// are mma.sync's, of which the keys or the dimensions of V are the 16 rows. Eight keys' pieces of 16 bytes with the same
+// dimensions lie in the same banks, so a matrix of ldmatrix has of key r the piece c ^ r, whose dimensions are not the same:
+// of the eight columns that a product has anyway, column n takes q's piece c ^ n, and the scores are the diagonal, which 8
+// lanes hold. In the second product column n takes key n's probability alone, and adds up the pieces c ^ n of its values. So
+// a column, eight of which a warp has, is a softmax of its own; they are merged in a fixed order at the end, so what a row
+// computes depends on its own length alone. A fifth warp, the courier, brings q and the newest key and value, and takes the
+// states.
 #pragma once
 
 #include "kernels/step/split_parts.cuh"
@@ -17,136 +22,97 @@ class Attention {
         group_(group),
         warp_(warp),
         lane_(lane),
-        dim_(lane % 8 * 8),
-        scale_(c.args.p.softmax_scale * 1.4426950408889634f) {}
+        scale_(c.args.p.softmax_scale * 1.4426950408889634f),
+        keys_at_((16 * warp + lane / 8 % 2 * 8 + lane % 8) * 128 + (lane / 16 ^ lane % 8) * 16),
+        values_at_(kStageBytes / 2 + (16 * warp + lane / 16 * 8 + lane % 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16) {}
 
-  /// This warpgroup's units of a half in one layer. What others have written must be visible.
-  __device__ __forceinline__ void run(int layer, int half, Position& ring) {
-    const StepParams& p = c_.args.p;
-    k_ = static_cast<const T*>(p.k_cache) + layer * p.k_stride[0] + dim_;
-    v_ = static_cast<const T*>(p.v_cache) + layer * p.v_stride[0] + dim_;
-    half_ = half;
-    const typename AttentionCta<S>::Units units = c_.units(layer, half, group_);
-    Fresh next = fetch(units, 0);
+  /// This warpgroup's units of a part in one layer.
+  __device__ __forceinline__ void run(int layer, int part, Position& ring) {
+    part_ = part;
+    const typename AttentionCta<S>::Units units = c_.units(layer, part, group_);
     for (int u = 0; u < units.count; ++u) {
-      const Fresh fresh = next;
-      next = fetch(units, u + 1);
-      unit(c_.shared.rows[half][units[u] / S::heads], units[u] % S::heads, fresh, c_.shared.merged[group_][turn_ % 2], layer,
-           ring);
+      unit(c_.shared.rows[part][units.row_of(units[u])], units.head_of(units[u]), layer, ring);
       ++turn_;
     }
-    sm90::named_barrier_sync(2 + group_, 128);
-    if (warp_ == 0 && lane_ == 0) add_release(c_.counter(Counters::attended + half));
   }
 
  private:
-  /// The query, the newest key and the newest value of a unit: this lane's 8 dimensions.
-  struct Fresh {
-    uint4 q, k, v;
+  /// Of the columns of a warp: the maxima and sums of column n are lane 4 n + n / 2's, of the others -inf and 0.
+  struct Columns {
+    float max = -INFINITY, sum = 0.0f;
+    float out[4][4] = {};  // [j]: pieces 2 j ^ n, dimension lane / 4, n = 2 (lane % 4) + {0, 1}; and pieces (2 j + 1) ^ n
   };
-
-  __device__ __forceinline__ Fresh fetch(const typename AttentionCta<S>::Units& units, int u) const {
-    Fresh fresh = {};
-    if (u < units.count) {
-      const StepParams& p = c_.args.p;
-      const int head = units[u] % S::heads;
-      const Row row = c_.shared.rows[half_][units[u] / S::heads];
-      const T* q = c_.template at<const T>(half_, AttentionCta<S>::L::q) + row.row * S::hidden + head * 64 + dim_;
-      fresh.q = __ldcg(reinterpret_cast<const uint4*>(q));
-      if (warp_ == 0 && row.newest >= 0) {
-        const int64_t at = row.newest * int64_t{64};
-        fresh.k = __ldcg(reinterpret_cast<const uint4*>(k_ + head * p.k_stride[3] + row.cache_row * p.k_stride[1] + at));
-        fresh.v = __ldcg(reinterpret_cast<const uint4*>(v_ + head * p.v_stride[3] + row.cache_row * p.v_stride[1] + at));
-      }
+  /// Of columns 2 (lane % 4) and 2 (lane % 4) + 1, what their lanes have.
+  __device__ __forceinline__ float2 of_columns(float x) const {
+    return make_float2(__shfl_sync(~0u, x, 9 * (lane_ % 4)), __shfl_sync(~0u, x, 9 * (lane_ % 4) + 4));
+  }
+  static __device__ __forceinline__ void rescale(Columns& state, float2 by) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      state.out[j][0] *= by.x;
+      state.out[j][1] *= by.y;
+      state.out[j][2] *= by.x;
+      state.out[j][3] *= by.y;
     }
-    return fresh;
   }
+  /// Whether a column's scores are this lane's, and which: of a pair the second.
+  __device__ __forceinline__ bool has_scores() const { return lane_ % 4 == lane_ / 8; }
+  __device__ __forceinline__ bool is_odd() const { return lane_ / 4 % 2; }
 
-  static __device__ __forceinline__ float dot(const float (&a)[8], const float (&b)[8]) {
-    float s = 0.0f;
+  __device__ __forceinline__ void unit(const Row& unit, int head, int layer, Position& ring) {
+    const int keys = unit.keys, set = turn_ % 2;
+    barrier_wait(&c_.shared.begin[group_][set], turn_ / 2 % 2);
+    const uint32_t fresh = ptx::shared_address(c_.shared.fresh[group_][set]);  // (3, 64): q, newest key, newest value
+    uint32_t q[8];  // of piece i ^ n of column n = lane / 4, two dimensions
 #pragma unroll
-    for (int d = 0; d < 8; ++d) s += a[d] * b[d];
-    return s;
-  }
+    for (int i = 0; i < 8; ++i) q[i] = ptx::ld_shared(fresh + (i ^ lane_ / 4) * 16 + lane_ % 4 * 4);
 
-  __device__ __forceinline__ void unit(const Row& unit, int head, const Fresh& fresh, float* states, int layer,
-                                       Position& ring) {
-    const int keys = unit.keys;
-    float q[8];
-    unpack_vector<T>(fresh.q, q);
-#pragma unroll
-    for (int d = 0; d < 8; ++d) q[d] *= scale_;
-
-    State state;
+    Columns state;
     if (warp_ == 0 && unit.newest >= 0) {
-      float k[8];
-      unpack_vector<T>(fresh.k, k);
-      float s = dot(q, k);
+      const float score = dot(ptx::ld_shared_v4(fresh + lane_ % 8 * 16), ptx::ld_shared_v4(fresh + 128 + lane_ % 8 * 16));
+      if (lane_ == 0) state.max = score * scale_, state.sum = 1.0f;
 #pragma unroll
-      for (int distance = 4; distance > 0; distance /= 2) s += __shfl_xor_sync(~0u, s, distance);
-      if (lane_ < 8) {
-        state.max = s;
-        state.sum = 1.0f;
-        unpack_vector<T>(fresh.v, state.out);
+      for (int i = 0; i < 8; ++i) {
+        const uint32_t pair = ptx::ld_shared(fresh + 256 + i * 16 + lane_ / 8 * 4);
+        const float2 v = unpack2<T>(pair);
+        if (lane_ % 4 == 0) state.out[i / 2][i % 2 * 2] = is_odd() ? v.y : v.x;
       }
     }
     int first = 0;
     for (; first + 64 < keys; first += 128) stages<2>(state, q, keys - first, ring);
     if (first < keys) stages<1>(state, q, keys - first, ring);
 
-    state.merge(8);
-    state.merge(16);
-    state.store(states, warp_, lane_, dim_);  // (4, kFloats): the set of the turn before may still be read
-    sm90::named_barrier_sync(2 + group_, 128);
-    if (warp_ == turn_ % 4) {
-      const step::SoftmaxOutput o(states, lane_);
-      uint32_t* to =
-          c_.template at<uint32_t>(half_, AttentionCta<S>::L::attention) + (unit.row * S::hidden + head * 64) / 2 + lane_;
-      *to = pack2<T>(o.lo, o.hi);
-    }
-    probe(unit, head, q, states, layer);
+    store(state, c_.shared.merged[group_][set] + warp_ * State::kFloats);
+    probe(unit, head, layer);
+    sm90::barrier_arrive(&c_.shared.end[group_][set]);  // the rest is the courier's
   }
 
   /// The next kCount stages, with keys of a row in the first `keys` places.
   template <int kCount>
-  __device__ __forceinline__ void stages(State& state, const float (&q)[8], int keys, Position& ring) const {
-    constexpr int kKeys = 4 * kCount;  // of this group of lanes
-    const int mine = 16 * warp_ + lane_ / 8, offset_in_stage = mine * 128 + dim_ * 2;
+  __device__ __forceinline__ void stages(Columns& state, const uint32_t (&q)[8], int keys, Position& ring) const {
     Position at = ring;
     uint32_t address[kCount];
+    float score[2 * kCount];  // of keys 16 warp + lane / 4 + 8 (i % 2) of stage i / 2, if has_scores()
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      address[i] = ptx::shared_address(c_.ring + (group_ * S::attention_stages + at.slot) * kStageBytes) + offset_in_stage;
+      address[i] = ptx::shared_address(c_.ring + (group_ * S::attention_stages + at.slot) * kStageBytes);
       barrier_wait(&c_.shared.full[group_][at.slot], at.parity);
       at.next(S::attention_stages);
+      float s[2][4] = {};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        uint32_t k[4];
+        ptx::ldmatrix_x4(k, (address[i] + keys_at_) ^ (32 * j));
+        ptx::mma_m16n8k16<T>(s[j % 2], k, q[2 * j], q[2 * j + 1]);
+      }
+      score[2 * i] = is_odd() ? s[0][1] + s[1][1] : s[0][0] + s[1][0];
+      score[2 * i + 1] = is_odd() ? s[0][3] + s[1][3] : s[0][2] + s[1][2];
     }
-    float s[kKeys];  // of keys 16 warp + lane / 8 + 4 (u % 4) of stage u / 4: 512 bytes are four keys
+    uint32_t v[kCount][4][4];
 #pragma unroll
-    for (int u = 0; u < kKeys; ++u) {
-      float k[8];
-      unpack_vector<T>(ptx::ld_shared_v4(address[u / 4] + u % 4 * 512), k);
-      s[u] = dot(q, k);
-    }
+    for (int i = 0; i < kCount; ++i) {
 #pragma unroll
-    for (int distance = 4; distance > 0; distance /= 2) {
-#pragma unroll
-      for (int u = 0; u < kKeys; ++u) s[u] += __shfl_xor_sync(~0u, s[u], distance);
-    }
-#pragma unroll
-    for (int u = 0; u < kKeys; ++u) {
-      if (u / 4 * 64 + u % 4 * 4 + mine >= keys) s[u] = -INFINITY;  // whatever the stage held before
-    }
-    const float offset = state.raise(s);
-#pragma unroll
-    for (int u = 0; u < kKeys; ++u) {
-      const float e = ptx::exp2_approx(s[u] - offset);
-      state.sum += e;
-      uint4 bits = ptx::ld_shared_v4(address[u / 4] + kStageBytes / 2 + u % 4 * 512);
-      if (u / 4 * 64 + u % 4 * 4 + mine >= keys) bits = make_uint4(0, 0, 0, 0);
-      float v[8];
-      unpack_vector<T>(bits, v);
-#pragma unroll
-      for (int d = 0; d < 8; ++d) state.out[d] += e * v[d];
+      for (int j = 0; j < 4; ++j) ptx::ldmatrix_x4_trans(v[i][j], (address[i] + values_at_) ^ (32 * j));
     }
     __syncwarp();
 #pragma unroll
@@ -154,40 +120,108 @@ class Attention {
       if (lane_ == 0) sm90::barrier_arrive(&c_.shared.empty[group_][ring.slot]);
       ring.next(S::attention_stages);
     }
+
+    float largest = state.max;
+#pragma unroll
+    for (int i = 0; i < 2 * kCount; ++i) {
+      const bool is_key = has_scores() && i / 2 * 64 + 16 * warp_ + i % 2 * 8 + lane_ / 4 < keys;
+      score[i] = is_key ? score[i] * scale_ : -INFINITY;  // whatever the stage held before
+      largest = fmaxf(largest, score[i]);
+    }
+    const float offset = largest == -INFINITY ? 0.0f : largest;  // nothing seen yet: not -inf - -inf
+    const float by = ptx::exp2_approx(state.max - offset);
+    state.max = largest;
+    state.sum *= by;
+    rescale(state, of_columns(by));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint32_t e = pack2<T>(ptx::exp2_approx(score[2 * i] - offset), ptx::exp2_approx(score[2 * i + 1] - offset));
+      const float2 rounded = unpack2<T>(e);
+      state.sum += rounded.x + rounded.y;
+      const int here = keys - i * 64 - 16 * warp_;
+      if (here < 16) {  // values past the end: whatever the stage held before
+        const int first = 2 * (lane_ % 4);
+        const auto mask = [&](int key) { return (key < here ? 0xffffu : 0u) | (key + 1 < here ? 0xffff0000u : 0u); };
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          v[i][j][0] &= mask(first);
+          v[i][j][1] &= mask(first);
+          v[i][j][2] &= mask(first + 8);
+          v[i][j][3] &= mask(first + 8);
+        }
+      }
+      const uint32_t low = is_odd() ? e << 16 : e & 0xffff, high = is_odd() ? e & 0xffff0000 : e >> 16;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) ptx::mma_m16n8k16<T>(state.out[j], v[i][j], low, high);
+    }
+  }
+
+  /// The columns as one state: 64 floats, maximum, sum.
+  __device__ __forceinline__ void store(Columns& state, float* to) const {
+    const float2 max = of_columns(state.max), sum = of_columns(state.sum);
+    float largest = fmaxf(max.x, max.y);
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    const float offset = largest == -INFINITY ? 0.0f : largest;
+    const float2 by = make_float2(ptx::exp2_approx(max.x - offset), ptx::exp2_approx(max.y - offset));
+    float total = sum.x * by.x + sum.y * by.y;
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    rescale(state, by);
+    float piece[8];  // of piece i ^ 2 (lane % 4)
+#pragma unroll
+    for (int i = 0; i < 8; ++i) piece[i] = state.out[i / 2][i % 2 * 2] + state.out[i / 2][2 - i % 2 * 2 + 1];
+    float pair[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pair[i] = piece[i / 2 * 4 + i % 2] + __shfl_xor_sync(~0u, piece[i / 2 * 4 + i % 2 + 2], 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      to[(i + 2 * (lane_ % 4)) * 8 + lane_ / 4] = pair[i] + __shfl_xor_sync(~0u, pair[i + 2], 2);
+    }
+    if (lane_ == 0) to[State::kMax] = largest, to[State::kSum] = total;
+  }
+
+  /// Of 64 dimensions, eight lanes with eight each.
+  static __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
+    float x[8], y[8], s = 0.0f;
+    unpack_vector<T>(a, x);
+    unpack_vector<T>(b, y);
+#pragma unroll
+    for (int d = 0; d < 8; ++d) s += x[d] * y[d];
+#pragma unroll
+    for (int distance = 4; distance > 0; distance /= 2) s += __shfl_xor_sync(~0u, s, distance);
+    return s;
   }
 
   /// Writes the row's probabilities where somebody asks for this head.
-  __device__ __forceinline__ void probe(const Row& unit, int head, const float (&q)[8], const float* states,
-                                        int layer) const {
+  __device__ __forceinline__ void probe(const Row& unit, int head, int layer) const {
     const StepParams& p = c_.args.p;
     if (p.probes == nullptr) return;
+    const uint4* fresh = c_.shared.fresh[group_][turn_ % 2] + lane_ % 8;
     for (int i = 0; i < static_cast<int>(p.probe_count); ++i) {
       if (p.probe_layer[i] != layer || p.probe_head[i] != head) continue;
-      const step::SoftmaxOutput o(states, lane_);
+      sm90::named_barrier_sync(2 + group_, 128);
+      const step::SoftmaxOutput o(c_.shared.merged[group_][turn_ % 2], lane_);
       const float offset = o.offset, inverse = o.sum == 0.0f ? 0.0f : 1.0f / o.sum;
-      const T* k = k_ + unit.cache_row * p.k_stride[1] + head * p.k_stride[3];
-      float* to = p.probes + (i * p.probe_rows + half_ * c_.first() + unit.row) * p.probe_capacity;
+      const T* k = static_cast<const T*>(p.k_cache) + layer * p.k_stride[0] + unit.cache_row * p.k_stride[1] +
+                   head * p.k_stride[3] + lane_ % 8 * 8;
+      float* to = p.probes + (i * p.probe_rows + part_ * c_.most() + unit.row) * p.probe_capacity;
       const int seen = unit.newest >= 0 ? unit.newest + 1 : unit.keys;
       for (int64_t first = 0; first < p.probe_capacity; first += 16) {
         const int64_t key = first + 4 * warp_ + lane_ / 8;
-        float s = 0.0f;
-        if (key < seen) {
-          float x[8];
-          unpack_vector<T>(__ldcg(reinterpret_cast<const uint4*>(k + key * 64)), x);
-          s = dot(q, x);
-        }
-#pragma unroll
-        for (int distance = 4; distance > 0; distance /= 2) s += __shfl_xor_sync(~0u, s, distance);
+        uint4 x = {};
+        if (key < seen) x = key == unit.newest ? fresh[8] : __ldcg(reinterpret_cast<const uint4*>(k + key * 64));
+        const float s = dot(fresh[0], x) * scale_;
         if (lane_ % 8 == 0 && key < p.probe_capacity) to[key] = key < seen ? ptx::exp2_approx(s - offset) * inverse : 0.0f;
       }
     }
   }
 
   const AttentionCta<S>& c_;
-  int group_, warp_, lane_, dim_, half_ = 0;
+  int group_, warp_, lane_, part_ = 0;
   float scale_;
-  const T *k_ = nullptr, *v_ = nullptr;
-  int turn_ = 0;  // units of this warpgroup before this one
+  uint32_t keys_at_, values_at_;  // of this lane's row of a matrix, in a stage
+  int turn_ = 0;                  // units of this warpgroup before this one
 };
 
 }  // namespace vivace::split

@@ -6,8 +6,8 @@
 
 namespace vivace::split {
 
-/// Fills a ring, with at most `limit` stages under way at a time.
-template <int kStages>
+/// Fills a ring; kLimited: with at most `limit` stages under way at a time.
+template <int kStages, bool kLimited>
 class Filler {
  public:
   __device__ __forceinline__ Filler(uint8_t* ring, uint64_t* full, uint64_t* empty, int limit = kStages)
@@ -16,11 +16,13 @@ class Filler {
   template <typename F>
   __device__ __forceinline__ void operator()(uint32_t bytes, F&& copy) {
     barrier_wait(&empty_[at_.slot], at_.parity ^ 1);
-    if (under_way_ == limit_) {
-      barrier_wait(&full_[landed_.slot], landed_.parity);
-      landed_.next(kStages);
-    } else {
-      ++under_way_;
+    if constexpr (kLimited) {
+      if (under_way_ == limit_) {
+        barrier_wait(&full_[landed_.slot], landed_.parity);
+        landed_.next(kStages);
+      } else {
+        ++under_way_;
+      }
     }
     uint64_t* barrier = &full_[at_.slot];
     sm90::barrier_expect(barrier, bytes);
@@ -40,7 +42,7 @@ template <typename S>
 class Keys {
  public:
   __device__ __forceinline__ Keys(const AttentionCta<S>& c, int group) : c_(c), group_(group) { begin(); }
-  __device__ __forceinline__ bool ended() const { return slot_ == 2 * static_cast<int>(c_.args.p.layers); }
+  __device__ __forceinline__ bool ended() const { return slot_ == S::parts * static_cast<int>(c_.args.p.layers); }
   __device__ __forceinline__ uint32_t bytes() const { return min(64, keys_ - key_) * 128; }
   __device__ __forceinline__ const uint16_t* k() const { return k_ + key_ * 64; }
   __device__ __forceinline__ const uint16_t* v() const { return v_ + key_ * 64; }
@@ -51,7 +53,7 @@ class Keys {
 
  private:
   __device__ __forceinline__ void begin() {
-    units_ = c_.units(slot_ / 2, slot_ % 2, group_);
+    units_ = c_.units(slot_ / S::parts, slot_ % S::parts, group_);
     unit_ = 0;
     find();
   }
@@ -61,11 +63,11 @@ class Keys {
     for (key_ = 0;; ++unit_) {
       while (unit_ >= units_.count) {
         if (++slot_; ended()) return;
-        units_ = c_.units(slot_ / 2, slot_ % 2, group_);
+        units_ = c_.units(slot_ / S::parts, slot_ % S::parts, group_);
         unit_ = 0;
       }
-      const int unit = units_[unit_], head = unit % S::heads, layer = slot_ / 2;
-      const Row row = c_.shared.rows[slot_ % 2][unit / S::heads];
+      const int unit = units_[unit_], head = units_.head_of(unit), layer = slot_ / S::parts;
+      const Row row = c_.shared.rows[slot_ % S::parts][units_.row_of(unit)];
       keys_ = row.keys;
       if (keys_ == 0) continue;
       k_ = static_cast<const uint16_t*>(p.k_cache) + layer * p.k_stride[0] + row.cache_row * p.k_stride[1] +
@@ -87,8 +89,8 @@ template <typename S>
 __device__ __forceinline__ void stream_keys(const AttentionCta<S>& c, int group) {
   // Few at a time: what queues in front of memory holds up the products. Where keys are many, those have time.
   const int limit = c.shared.rows[0][0].keys < 512 ? 2 : 3;
-  Filler<S::attention_stages> fill(c.ring + group * S::attention_stages * kStageBytes, c.shared.full[group],
-                                   c.shared.empty[group], limit);
+  Filler<S::attention_stages, true> fill(c.ring + group * S::attention_stages * kStageBytes, c.shared.full[group],
+                                         c.shared.empty[group], limit);
   for (Keys<S> keys(c, group); !keys.ended(); keys.next()) {
     fill(2 * keys.bytes(), [&](uint8_t* to, uint64_t* barrier) {
       bulk_load(to, keys.k(), keys.bytes(), barrier, sm90::kEvictFirst);
@@ -97,47 +99,33 @@ __device__ __forceinline__ void stream_keys(const AttentionCta<S>& c, int group)
   }
 }
 
-/// Tells the warpgroups when queries are there.
-template <typename S>
-__device__ __forceinline__ void watch_queries(const AttentionCta<S>& c) {
-  const uint32_t layers = static_cast<uint32_t>(c.args.p.layers);
-  const uint32_t before = load_acquire(c.counter(Counters::launches));
-  for (uint32_t layer = 0; layer < layers; ++layer) {
-    const uint32_t n = before * layers + layer + 1;  // layers since the workspace was zeroed; wraps
-    for (int half = 0; half < 2; ++half) {
-      wait_counter(c.counter(Counters::queries + half), S::workers * n);
-      sm90::barrier_arrive(&c.shared.queries[half]);
-    }
-  }
-}
-
-/// All weights of the CTA, in the order of use: twice, for each half. Waits for free stages alone.
+/// All weights of the CTA, in the order of use, for each part. Waits for free stages alone.
 template <typename S>
 __device__ __forceinline__ void stream_weights(const ProductCta<S>& c) {
   const Args& args = c.args;
   const int layers = static_cast<int>(args.p.layers);
-  Filler<S::stages> fill(c.ring, c.shared.full, c.shared.empty);
-  // The second half reads what the first half has brought to L2, and has no use for it afterwards.
+  Filler<S::stages, false> fill(c.ring, c.shared.full, c.shared.empty);
+  // The other parts read what the first has brought to L2, and nobody has a use for it after the last.
   uint64_t hint = 0;
-  const auto begin = [&](int half) { hint = half == 0 ? sm90::kEvictNormal : sm90::kEvictFirst; };
+  const auto begin = [&](int part) { hint = part + 1 < S::parts ? sm90::kEvictNormal : sm90::kEvictFirst; };
   const auto qkv = [&](int layer) {
     for (int s = 0; s < S::blocks / 2; ++s) {
       fill(2 * 6144, [&](uint8_t* to, uint64_t* barrier) {
-        // (block, warpgroup, q k v, eight of features): i and 32 + i, a rotary pair, in one eight
-        for (int i = 0; i < 4; ++i) {
-          const int fours = (layer * 3 * S::hidden + c.cta / 4 * 64) / 4 + c.cta % 4 * 2 + i % 2;
-          sm90::tma_load_5d(to + i * 3072, &args.qkv, barrier, 64 * (2 * s + i / 2), 0, 0, 0, fours, hint);
+        // (warpgroup, block, q k v, eight of features): i and 32 + i, a rotary pair, in one eight
+        for (int i = 0; i < 2; ++i) {
+          const int row = layer * 3 * S::hidden + c.cta / 4 * 64 + c.cta % 4 * 8 + 4 * i;
+          sm90::tma_load_5d(to + i * 6144, &args.qkv, barrier, 0, row, 0, 0, 2 * s, hint);
         }
       });
     }
   };
-  for (int half = 0; half < 2; ++half) {
-    begin(half);
+  for (int part = 0; part < S::parts; ++part) {
+    begin(part);
     qkv(0);
   }
   for (int layer = 0; layer < layers; ++layer) {
-    for (int half = 0; half < 2; ++half) {
-      begin(half);
+    for (int part = 0; part < S::parts; ++part) {
+      begin(part);
       for (int s = 0; s < (S::blocks + 7) / 8; ++s) {
         fill(S::out_blocks * 2048, [&](uint8_t* to, uint64_t* barrier) {
           sm90::tma_load_3d(to, &args.out, barrier, 0, layer * S::hidden + 16 * c.cta, 8 * s, hint);
@@ -159,9 +147,9 @@ __device__ __forceinline__ void stream_weights(const ProductCta<S>& c) {
         continue;
       }
       for (int tile = c.cta; c.has_tile(tile); tile += S::products) {
-        for (int s = 0; s < S::blocks / 2; ++s) {
+        for (int s = 0; s < S::blocks; ++s) {
           fill(kStageBytes, [&](uint8_t* to, uint64_t* barrier) {
-            sm90::tma_load_3d(to, &args.head, barrier, 0, 64 * tile, 2 * s, hint);
+            sm90::tma_load_3d(to, &args.head, barrier, 0, S::tile * tile, s, hint);
           });
         }
       }
@@ -175,50 +163,56 @@ __device__ __forceinline__ void load_activations(const ProductCta<S>& c) {
   const Args& args = c.args;
   const uint32_t layers = static_cast<uint32_t>(args.p.layers);
   Position at;
+  const auto load_group = [&](const CUtensorMap& map, int first) {
+    barrier_wait(&c.shared.x_empty[at.slot], at.parity ^ 1);
+    sm90::barrier_expect(&c.shared.x_full[at.slot], S::group * S::block_bytes);
+    sm90::tma_load_3d(c.x + at.slot * S::group * S::block_bytes, &map, &c.shared.x_full[at.slot], 0, 0, first,
+                      sm90::kEvictLast);
+    at.next(S::groups);
+  };
   const auto load = [&](const CUtensorMap& map, int first) {
     fence_async_global();
-    for (int b = 0; b < S::blocks; b += S::group) {
-      barrier_wait(&c.shared.x_empty[at.slot], at.parity ^ 1);
-      sm90::barrier_expect(&c.shared.x_full[at.slot], S::group * S::block_bytes);
-      sm90::tma_load_3d(c.x + at.slot * S::group * S::block_bytes, &map, &c.shared.x_full[at.slot], 0, 0, first + b,
-                        sm90::kEvictLast);
-      at.next(S::groups);
-    }
+    for (int b = 0; b < S::blocks; b += S::group) load_group(map, first + b);
   };
-  // Counts since the workspace was zeroed: `before` launches, and what this one has added.
-  const uint32_t before = load_acquire(c.counter(Counters::launches));
-  uint32_t x[2] = {before * (2 * layers + 1) * S::workers, before * (2 * layers + 1) * S::workers};
-  const auto wait_x = [&](int half) {
-    x[half] += S::workers;
-    wait_counter(c.counter(Counters::x + half), x[half]);
+  // Counts since the workspace was zeroed: of launches before this one, and what this one has added.
+  const uint32_t* before = c.shared.before;
+  uint32_t x[S::parts];
+#pragma unroll
+  for (int part = 0; part < S::parts; ++part) x[part] = before[part] * (2 * layers + 1) * S::workers;
+  const auto wait_x = [&](int part) {
+    x[part] += S::workers;
+    wait_counter(c.counter(Counters::x + part), x[part]);
     sm90::barrier_arrive(&c.shared.ready);
   };
-  for (int half = 0; half < 2; ++half) {
-    wait_x(half);
-    load(args.x[half], 0);
+  for (int part = 0; part < S::parts; ++part) {
+    wait_x(part);
+    load(args.x[part], 0);
   }
   const int sums = Counters::down + c.cta / 4 * 2 + c.cta % 4 / 2;  // of the half tile with this CTA's 16 features
   for (uint32_t layer = 0; layer < layers; ++layer) {
-    const uint32_t n = before * layers + layer + 1;  // layers since the workspace was zeroed; wraps
-    for (int half = 0; half < 2; ++half) {
-      wait_counter(c.counter(Counters::attended + half), 2 * args.attentions * n);
-      load(args.attention[half], 0);
-      wait_x(half);
-      load(args.x[half], 0);
-      wait_counter(c.counter(Counters::gated + 4 * half + c.slice), 2 * S::heads * n);
-      load(args.gated[half], c.slice * S::blocks);
-      wait_counter(c.counter(sums + 32 * half), S::slices * n);
+    for (int part = 0; part < S::parts; ++part) {
+      const uint32_t n = before[part] * layers + layer + 1;  // layers since the workspace was zeroed; wraps
+      for (int group = 0; group < S::head_groups; ++group) {
+        wait_counter(c.counter(Counters::attended + 4 * part + group), args.signals * n);
+        fence_async_global();
+        load_group(args.attention[part], group * S::group);
+      }
+      wait_x(part);
+      load(args.x[part], 0);
+      wait_counter(c.counter(Counters::gated + 4 * part + c.slice), 2 * S::heads * n);
+      load(args.gated[part], c.slice * S::blocks);
+      wait_counter(c.counter(sums + 32 * part), S::slices * n);
       sm90::barrier_arrive(&c.shared.ready);
-      wait_x(half);
+      wait_x(part);
       if (layer + 1 < layers) {
-        load(args.x[half], 0);
+        load(args.x[part], 0);
       } else {
-        for (int tile = c.cta; c.has_tile(tile); tile += S::products) load(args.x[half], 0);
+        for (int tile = c.cta; c.has_tile(tile); tile += S::products) load(args.x[part], 0);
       }
     }
   }
-  // Every CTA has been heard of since it read the number.
-  if (c.cta == 0) *c.counter(Counters::launches) = before + 1;
+  // Every CTA has been heard of since it read the numbers.
+  for (int part = 0; part < S::parts && c.cta == 0; ++part) *c.counter(Counters::launches + part) = before[part] + 1;
 }
 
 }  // namespace vivace::split

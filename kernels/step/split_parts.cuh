@@ -12,7 +12,7 @@
 
 namespace vivace::split {
 
-/// A row of a half, with the keys that were there before the step and the position of the new one, or -1: there is none.
+/// A row of a part, with the keys that were there before the step and the position of the new one, or -1: there is none.
 struct Row {
   int32_t row, cache_row, keys, newest;
 };
@@ -22,18 +22,22 @@ using State = step::SoftmaxState;
 /// Behind the ring of a CTA that attends.
 struct AttentionShared {
   float merged[2][2][4 * State::kFloats];  // (warpgroup, its turn, warp) softmax states
-  Row rows[2][kHalf];                      // longest first
+  uint4 fresh[2][2][3 * 8];        // (warpgroup, its turn): q, newest key, newest value of a unit, 64 dimensions each
+  Row rows[kMaxParts][kPartRows];  // longest first
   int32_t lengths[kMaxRows];
+  int32_t keys[kMaxParts];           // of all rows of a part
   uint64_t full[2][8], empty[2][8];  // keys and values, of a warpgroup
-  uint64_t queries[2];               // q, k and v of a half may be read
+  // (warpgroup, its turn): `fresh` has been written, `merged` has. All lanes arrive, so that racecheck can follow.
+  uint64_t begin[2][2], end[2][2];
 };
 
 /// Behind the activations and the ring of a CTA that multiplies.
 struct ProductShared {
-  float inverse[kHalf];            // 1 / rms
+  float inverse[kPartRows];        // 1 / rms
   uint64_t full[16], empty[16];    // weights
   uint64_t x_full[8], x_empty[8];  // activations
   uint64_t ready;                  // what others have written may be read
+  uint32_t before[kMaxParts];      // launches with a part since the workspace was zeroed
 };
 
 template <typename S>
@@ -68,17 +72,22 @@ struct Cta {
     attends = block < 2 * pairs ? block % 2 == 1 : a.attentions > S::products;
     cta = block < 2 * pairs ? block / 2 : block - pairs;
   }
-  /// How many rows the first half has, which come first; and a half.
-  __device__ __forceinline__ int first() const { return (rows + 1) / 2; }
-  __device__ __forceinline__ int rows_of(int half) const { return half == 0 ? first() : rows - first(); }
+  /// How many rows a part has; the last ones may have fewer.
+  __device__ __forceinline__ int most() const { return (rows + S::parts - 1) / S::parts; }
+  __device__ __forceinline__ int rows_of(int part) const { return max(0, min(most(), rows - part * most())); }
 
   using L = Layout<S::heads>;
   __device__ __forceinline__ uint32_t* counter(int i) const {
     return reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(args.p.workspace) + L::counters) + i * Counters::stride;
   }
   template <typename P>
-  __device__ __forceinline__ P* at(int half, size_t offset) const {
-    return reinterpret_cast<P*>(static_cast<uint8_t*>(args.p.workspace) + half * L::half + offset);
+  __device__ __forceinline__ P* at(int part, size_t offset) const {
+    return reinterpret_cast<P*>(static_cast<uint8_t*>(args.p.workspace) + part * L::part + offset);
+  }
+
+  /// q, k and v of a row and head in a layer.
+  __device__ __forceinline__ uint8_t* fresh(int layer, int part, int row, int head) const {
+    return at<uint8_t>(part, L::fresh) + ((layer % 2 * kPartRows + row) * S::heads + head) * int64_t{3 * 128};
   }
 
   /// Keys of a row that were there before the step.
@@ -93,7 +102,12 @@ struct Cta {
   }
 };
 
-/// A CTA that attends: the units, a row and a head each, are dealt to the warpgroups longest first, there and back.
+/// A CTA that attends: the units, a row and a head each, are dealt to the warpgroups there and back: first those of the
+/// first group of heads, the longest first, so that `out` can begin with them.
+///
+/// Who waits for q, k and v of a unit in a layer may find those of two layers before unless their reader has armed the words
+/// again. It has: whoever waits had a unit of the layer between, whose q follows from all attention of two layers before.
+/// Where there are fewer units than warpgroups, a unit has the same reader in all layers.
 template <typename S>
 struct AttentionCta : Cta<S> {
   uint8_t* ring;
@@ -107,33 +121,51 @@ struct AttentionCta : Cta<S> {
   __device__ __forceinline__ void read_lengths() const {
     const int t = static_cast<int>(threadIdx.x);
     if (t < this->rows) shared.lengths[t] = this->old_keys(t);
+    if (t < S::parts) shared.keys[t] = 0;
   }
-  /// Sorts the rows of each half by their keys, longest first. By all threads; then a barrier.
+  /// Sorts the rows of each part by their keys, longest first. By all threads; then a barrier.
   __device__ __forceinline__ void sort() const {
     const int t = static_cast<int>(threadIdx.x);
     if (t >= this->rows) return;
-    const int half = t >= this->first(), begin = half * this->first(), end = half ? this->rows : this->first();
+    const int part = t / this->most(), begin = part * this->most(), end = begin + this->rows_of(part);
     const int mine = shared.lengths[t];
-    int rank = 0;
+    int rank = 0, keys = 0;
     for (int r = begin; r < end; ++r) {
       const int other = shared.lengths[r];
+      keys += other;  // below 2^31: 64 rows of 2^24 keys at most
       rank += other > mine || (other == mine && r < t) ? 1 : 0;
     }
-    shared.rows[half][rank] = {t - begin, max(0, this->args.p.cache_batch_idx[t]), mine, this->newest(t)};
+    if (rank == 0) shared.keys[part] = keys;
+    shared.rows[part][rank] = {t - begin, max(0, this->args.p.cache_batch_idx[t]), mine, this->newest(t)};
   }
 
-  /// The units of a warpgroup in a slot: a half in a layer. Who gets one more changes from slot to slot.
+  /// The units of a warpgroup in a slot: a part in a layer. Who gets one more changes from slot to slot.
   struct Units {
-    int workers, place, count;
+    int workers, place, count, total;
     __device__ __forceinline__ int operator[](int j) const { return j * workers + (j % 2 ? workers - 1 - place : place); }
+    /// Of a unit: the group of heads, the head, and the row's place among those of the part.
+    __device__ __forceinline__ int group_of(int unit) const { return unit / (total / S::head_groups); }
+    __device__ __forceinline__ int head_of(int unit) const { return group_of(unit) * S::group + unit % S::group; }
+    __device__ __forceinline__ int row_of(int unit) const { return unit % (total / S::head_groups) / S::group; }
   };
-  __device__ __forceinline__ Units units(int layer, int half, int group) const {
-    const int attentions = this->args.attentions, total = this->rows_of(half) * S::heads;
+  /// CTAs that attend. Where a part has few keys, the products are what takes the time, and memory's queue holds them up the
+  /// more the more CTAs load: then a quarter of those that could does nothing. The numbers are measured.
+  __device__ __forceinline__ int attentions() const {
+    int most = 0;
+#pragma unroll
+    for (int part = 0; part < S::parts; ++part) most = max(most, shared.keys[part]);
+    constexpr int kKeysOfCta = S::parts == 2 ? 250 : 280;
+    return max((3 * this->args.attentions + 3) / 4, min(most / kKeysOfCta, this->args.attentions));
+  }
+  __device__ __forceinline__ Units units(int layer, int part, int group) const {
+    const int attentions = this->attentions();
     Units u;
+    u.total = this->rows_of(part) * S::heads;
     u.workers = 2 * attentions;
-    const int rounds = total / u.workers, left = total % u.workers;
-    u.place = (this->cta + group * attentions + (2 * layer + half) * left) % u.workers;
-    u.count = rounds + (u[rounds] < total ? 1 : 0);
+    const int rounds = u.total / u.workers, left = rounds == 0 ? 0 : u.total % u.workers;
+    u.place = (this->cta + group * attentions + (S::parts * layer + part) * left) % u.workers;
+    u.count = rounds + (u[rounds] < u.total ? 1 : 0);
+    if (this->cta >= attentions) u.place = -1, u.count = 0;
     return u;
   }
 };
@@ -152,8 +184,14 @@ struct ProductCta : Cta<S> {
         tile(c.cta % S::heads),
         slice(c.cta / S::heads) {
     static_assert(S::stages <= 16 && S::groups <= 8);  // barriers
+    static_assert(S::blocks / S::group > S::groups);   // so `ready` is never ahead by two phases, which look like none
   }
-  __device__ __forceinline__ bool has_tile(int tile) const { return tile * int64_t{64} < this->args.p.vocab; }
+  /// Features of the head that are left over from its tiles, if they are few: no tile is worth its time then.
+  __device__ __forceinline__ int rest() const {
+    const int left = static_cast<int>(this->args.p.vocab % S::tile);
+    return left <= 8 ? left : 0;
+  }
+  __device__ __forceinline__ bool has_tile(int tile) const { return tile * int64_t{S::tile} < this->args.p.vocab - rest(); }
 };
 
 }  // namespace vivace::split

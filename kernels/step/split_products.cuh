@@ -1,6 +1,6 @@
 // The products of the split step and what follows from them.
 //
-// A half's 64 rows are the M operand of wgmma, the features of the warpgroup are N. A thread holds rows lane / 4 and + 8 of
+// A part's 64 rows are the M operand of wgmma, the features of the warpgroup are N. A thread holds rows lane / 4 and + 8 of
 // its warp's 16, features 8 u + 2 (lane % 4) + {0, 1}: acc[4 u + {0, 1}] and acc[4 u + {2, 3}]. The warpgroups of a CTA are
 // two workers, 2 cta and 2 cta + 1: a worker has an eighth of a head's q, k and v, 8 features of the residual, 32 of gate
 // and up.
@@ -22,26 +22,25 @@ class Products {
         warp_(warp),
         lane_(lane),
         row_(16 * warp + lane / 4),
-        feature_(2 * (lane % 4)) {
-    begin(other_, 1);
-    begin(mine_, 0);
-  }
+        feature_(2 * (lane % 4)) {}
 
   /// Everything of a step, in the order of the loading threads.
   __device__ __forceinline__ void run() {
     const int layers = static_cast<int>(c_.args.p.layers);
-    for (int half = 0; half < 2; ++half) embed(half);
-    for (int half = 0; half < 2; ++half) qkv(0, half);
+    embed();
+#pragma unroll
+    for (int i = 0; i < S::parts; ++i) begin(parts_[i], i);
+    for (int part = 0; part < S::parts; ++part) qkv(0, part);
     for (int layer = 0; layer < layers; ++layer) {
-      for (int half = 0; half < 2; ++half) {
-        out(layer, half);
-        gate_up(half);
-        down(half);
-        add_down(layer, half);
+      for (int part = 0; part < S::parts; ++part) {
+        out(layer, part);
+        gate_up(part);
+        down(part);
+        add_down(layer, part);
         if (layer + 1 < layers) {
-          qkv(layer + 1, half);
+          qkv(layer + 1, part);
         } else {
-          head(half);
+          head(part);
         }
       }
     }
@@ -50,29 +49,30 @@ class Products {
  private:
   using L = Layout<S::heads>;
 
-  /// What this thread keeps of its two rows of a half.
-  struct Half {
+  /// What this thread keeps of its two rows of a part.
+  struct Part {
     float residual[4];  // features feature_ + {0, 1} of the worker's 8
     int cache_row[2], newest[2];
     float cosine[2][2], sine[2][2];  // (row, feature)
   };
-  /// The state is in registers, which have no index: the halves take turns.
+  /// The state is in registers, which have no index: the parts take turns to be the first.
   __device__ __forceinline__ void turn() {
-    const Half last = mine_;
-    mine_ = other_;
-    other_ = last;
+    const Part first = parts_[0];
+#pragma unroll
+    for (int i = 0; i + 1 < S::parts; ++i) parts_[i] = parts_[i + 1];
+    parts_[S::parts - 1] = first;
   }
-  __device__ __forceinline__ bool has(int i, int half) const { return row_ + 8 * i < c_.rows_of(half); }
+  __device__ __forceinline__ bool has(int i, int part) const { return row_ + 8 * i < c_.rows_of(part); }
 
-  __device__ __forceinline__ void begin(Half& mine, int half) {
+  __device__ __forceinline__ void begin(Part& mine, int part) {
     const StepParams& p = c_.args.p;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = half * c_.first() + row_ + 8 * i;
+      const int row = part * c_.most() + row_ + 8 * i;
       mine.cache_row[i] = 0;
       mine.newest[i] = -1;
       mine.cosine[i][0] = mine.cosine[i][1] = mine.sine[i][0] = mine.sine[i][1] = 0.0f;
-      if (!has(i, half)) continue;
+      if (!has(i, part)) continue;
       mine.cache_row[i] = max(0, p.cache_batch_idx[row]);
       mine.newest[i] = c_.newest(row);
       const int64_t last = p.rotary_positions - 1, n = p.cache_seqlens[row];
@@ -88,35 +88,48 @@ class Products {
     }
   }
 
-  /// The residual stream's first values; what the first layer reads.
-  __device__ __forceinline__ void embed(int half) {
+  /// The residual stream's first values; what the first layer reads. All parts' loads first: each waits for the one before.
+  __device__ __forceinline__ void embed() {
     const StepParams& p = c_.args.p;
+    int64_t request[S::parts][2], token[S::parts][2], position[S::parts][2];
+    const auto each = [&](auto&& body) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      mine_.residual[2 * i] = mine_.residual[2 * i + 1] = 0.0f;
-      if (!has(i, half)) continue;
-      const int64_t request = clamp_index(p.row_request[half * c_.first() + row_ + 8 * i], p.requests);
-      const int64_t token = clamp_index(p.tokens[request], p.speech_tokens);
-      const int64_t position = clamp_index(p.positions[request], p.speech_positions);
-      const float2 a = pair(p.speech_emb, token * S::hidden + 8 * worker_ + feature_);
-      const float2 b = pair(p.speech_pos_emb, position * S::hidden + 8 * worker_ + feature_);
-      mine_.residual[2 * i] = to_float(from_float<T>(a.x + b.x));
-      mine_.residual[2 * i + 1] = to_float(from_float<T>(a.y + b.y));
+      for (int part = 0; part < S::parts; ++part) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) body(part, i);
+      }
+    };
+    each([&](int part, int i) {  // past the end the last row again
+      const int row = min(part * c_.most() + row_ + 8 * i, c_.rows - 1);
+      request[part][i] = clamp_index(p.row_request[row], p.requests);
+    });
+    each([&](int part, int i) {
+      token[part][i] = clamp_index(p.tokens[request[part][i]], p.speech_tokens);
+      position[part][i] = clamp_index(p.positions[request[part][i]], p.speech_positions);
+    });
+    each([&](int part, int i) {
+      const float2 a = pair(p.speech_emb, token[part][i] * S::hidden + 8 * worker_ + feature_);
+      const float2 b = pair(p.speech_pos_emb, position[part][i] * S::hidden + 8 * worker_ + feature_);
+      parts_[part].residual[2 * i] = to_float(from_float<T>(a.x + b.x));
+      parts_[part].residual[2 * i + 1] = to_float(from_float<T>(a.y + b.y));
+    });
+    const float2 gain = pair(p.input_norm, 8 * worker_ + feature_);
+    for (int part = 0; part < S::parts; ++part) {
+      send_residual(gain, part);
+      turn();
     }
-    send_residual(pair(p.input_norm, 8 * worker_ + feature_), half);
-    turn();
   }
 
-  /// Ends the half's turn.
-  __device__ __forceinline__ void qkv(int layer, int half) {
+  /// Ends the part's turn.
+  __device__ __forceinline__ void qkv(int layer, int part) {
     const StepParams& p = c_.args.p;
-    const Squares squares = load_squares(half);
+    const Squares squares = load_squares(part);
     float acc[12];
-    multiply<24, 2>(acc, 6144, group_ * 3072);
+    multiply<24, 2>(acc, 3072, group_ * 6144);
     normalise(squares);
     const bool high = feature_ >= 4;
     const int head = worker_ / 8;
-    const int64_t dim = 4 * (worker_ % 8) + feature_ % 4 + (high ? 32 : 0);
+    const int dim = 4 * (worker_ % 8) + feature_ % 4 + (high ? 32 : 0);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row_ + 8 * i;
@@ -129,35 +142,36 @@ class Products {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const float other = __shfl_xor_sync(~0u, v[m][j], 2);
-          v[m][j] = v[m][j] * mine_.cosine[i][j] + (high ? other : -other) * mine_.sine[i][j];
+          v[m][j] = v[m][j] * parts_[0].cosine[i][j] + (high ? other : -other) * parts_[0].sine[i][j];
         }
       }
-      if (!has(i, half)) continue;
-      store(c_.template at<T>(half, L::q) + row * S::hidden + head * 64 + dim, v[0][0], v[0][1]);
-      if (mine_.newest[i] < 0) continue;  // padding, or a cache that is full
-      const int64_t key = mine_.newest[i] * int64_t{64} + dim;
-      store(static_cast<T*>(p.k_cache) + layer * p.k_stride[0] + mine_.cache_row[i] * p.k_stride[1] + head * p.k_stride[3] +
-                key,
+      if (!has(i, part)) continue;
+      uint32_t* fresh = reinterpret_cast<uint32_t*>(c_.fresh(layer, part, row, head)) + dim / 2;
+#pragma unroll
+      for (int m = 0; m < 3; ++m) store_relaxed(fresh + 32 * m, ~pack2<T>(v[m][0], v[m][1]));
+      if (parts_[0].newest[i] < 0) continue;  // padding, or a cache that is full
+      const int64_t key = parts_[0].newest[i] * int64_t{64} + dim;
+      store(static_cast<T*>(p.k_cache) + layer * p.k_stride[0] + parts_[0].cache_row[i] * p.k_stride[1] +
+                head * p.k_stride[3] + key,
             v[1][0], v[1][1]);
-      store(static_cast<T*>(p.v_cache) + layer * p.v_stride[0] + mine_.cache_row[i] * p.v_stride[1] + head * p.v_stride[3] +
-                key,
+      store(static_cast<T*>(p.v_cache) + layer * p.v_stride[0] + parts_[0].cache_row[i] * p.v_stride[1] +
+                head * p.v_stride[3] + key,
             v[2][0], v[2][1]);
     }
-    signal(Counters::queries + half);
     turn();
   }
 
-  __device__ __forceinline__ void out(int layer, int half) {
+  __device__ __forceinline__ void out(int layer, int part) {
     const float2 gain = pair(c_.args.p.post_norm, int64_t{layer} * S::hidden + 8 * worker_ + feature_);
     float acc[4];
     multiply<8, S::out_blocks>(acc, 2048, group_ * 1024);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) mine_.residual[i] += acc[i];
-    send_residual(gain, half);
+    for (int i = 0; i < 4; ++i) parts_[0].residual[i] += acc[i];
+    send_residual(gain, part);
   }
 
-  __device__ __forceinline__ void gate_up(int half) {
-    const Squares squares = load_squares(half);
+  __device__ __forceinline__ void gate_up(int part) {
+    const Squares squares = load_squares(part);
     float acc[32];
     multiply<64, 1>(acc, 16384, group_ * 8192);
     normalise(squares);
@@ -165,75 +179,75 @@ class Products {
     for (int i = 0; i < 2; ++i) {
       const int row = row_ + 8 * i;
       const float scale = c_.shared.inverse[row];
-      if (!has(i, half)) continue;
-      T* to = c_.template at<T>(half, L::gated) + row * S::intermediate + 32 * worker_ + feature_;
+      if (!has(i, part)) continue;
+      T* to = c_.template at<T>(part, L::gated) + row * S::intermediate + 32 * worker_ + feature_;
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         const float* gate = acc + 4 * u + 2 * i;
         store(to + 8 * u, silu(gate[0] * scale) * (gate[16] * scale), silu(gate[1] * scale) * (gate[17] * scale));
       }
     }
-    signal(Counters::gated + 4 * half + c_.slice);
+    signal(Counters::gated + 4 * part + c_.slice);
   }
 
   /// Sums over the CTA's quarter of the columns, for the owners of the features.
-  __device__ __forceinline__ void down(int half) {
+  __device__ __forceinline__ void down(int part) {
     float acc[16];
     multiply<32, 2>(acc, 8192, group_ * 4096);
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
-      float* to = sums(half, 8 * c_.tile + 4 * group_ + u, c_.slice);
+      float* to = sums(part, 8 * c_.tile + 4 * group_ + u, c_.slice);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (has(i, half)) *reinterpret_cast<float2*>(to + 64 * i) = make_float2(acc[4 * u + 2 * i], acc[4 * u + 2 * i + 1]);
+        if (has(i, part)) *reinterpret_cast<float2*>(to + 64 * i) = make_float2(acc[4 * u + 2 * i], acc[4 * u + 2 * i + 1]);
       }
     }
-    signal(Counters::down + 32 * half + 2 * c_.tile + group_);
+    signal(Counters::down + 32 * part + 2 * c_.tile + group_);
   }
-  __device__ __forceinline__ void add_down(int layer, int half) {
+  __device__ __forceinline__ void add_down(int layer, int part) {
     const StepParams& p = c_.args.p;
     const bool last = layer + 1 == static_cast<int>(p.layers);
     const float2 gain =
         pair(last ? p.norm : p.input_norm, (last ? 0 : int64_t{layer + 1} * S::hidden) + 8 * worker_ + feature_);
     wait_ready();
-    float2 part[S::slices][2];
+    float2 from[S::slices][2];
 #pragma unroll
     for (int s = 0; s < S::slices; ++s) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        part[s][i] = has(i, half) ? __ldcg(reinterpret_cast<const float2*>(sums(half, worker_, s) + 64 * i))
+        from[s][i] = has(i, part) ? __ldcg(reinterpret_cast<const float2*>(sums(part, worker_, s) + 64 * i))
                                   : make_float2(0.0f, 0.0f);
       }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float2 sum = part[0][i];
+      float2 sum = from[0][i];
 #pragma unroll
-      for (int s = 1; s < S::slices; ++s) sum.x += part[s][i].x, sum.y += part[s][i].y;
-      mine_.residual[2 * i] += sum.x;
-      mine_.residual[2 * i + 1] += sum.y;
+      for (int s = 1; s < S::slices; ++s) sum.x += from[s][i].x, sum.y += from[s][i].y;
+      parts_[0].residual[2 * i] += sum.x;
+      parts_[0].residual[2 * i + 1] += sum.y;
     }
-    send_residual(gain, half);
+    send_residual(gain, part);
   }
 
-  /// Ends the half's turn.
-  __device__ __forceinline__ void head(int half) {
+  /// Ends the part's turn.
+  __device__ __forceinline__ void head(int part) {
     const StepParams& p = c_.args.p;
-    const Squares squares = load_squares(half);
+    const Squares squares = load_squares(part);
     for (int tile = c_.cta; c_.has_tile(tile); tile += S::products) {
-      float acc[16];
-      multiply<32, 2>(acc, 8192, group_ * 4096);
+      float acc[32];
+      multiply<64, 1>(acc, 16384, group_ * 8192);
       if (tile == c_.cta) normalise(squares);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (!has(i, half)) continue;
-        const int64_t row = half * c_.first() + row_ + 8 * i;
+        if (!has(i, part)) continue;
+        const int64_t row = part * c_.most() + row_ + 8 * i;
         const float scale = c_.shared.inverse[row_ + 8 * i];
 #pragma unroll
-        for (int u = 0; u < 4; ++u) {
+        for (int u = 0; u < 8; ++u) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            const int64_t at = int64_t{64} * tile + 32 * group_ + 8 * u + feature_ + j;
+            const int64_t at = int64_t{S::tile} * tile + S::tile / 2 * group_ + 8 * u + feature_ + j;
             if (at < p.vocab) p.logits[row * p.vocab + at] = acc[4 * u + 2 * i + j] * scale;
           }
         }
@@ -255,8 +269,8 @@ class Products {
     *reinterpret_cast<uint32_t*>(to) = pack2<T>(a, b);
   }
   /// (64, 8) of an owner's features and a slice: this thread's two.
-  __device__ __forceinline__ float* sums(int half, int owner, int slice) const {
-    return c_.template at<float>(half, L::sums) + (owner * S::slices + slice) * (kHalf * 8) + row_ * 8 + feature_;
+  __device__ __forceinline__ float* sums(int part, int owner, int slice) const {
+    return c_.template at<float>(part, L::sums) + (owner * S::slices + slice) * (kPartRows * 8) + row_ * 8 + feature_;
   }
 
   /// Makes what this warpgroup has written known, and counts it.
@@ -266,19 +280,19 @@ class Products {
   }
 
   /// This worker's 8 features of residual * gain, and their squares.
-  __device__ __forceinline__ void send_residual(float2 gain, int half) {
+  __device__ __forceinline__ void send_residual(float2 gain, int part) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row_ + 8 * i;
-      const float a = mine_.residual[2 * i], b = mine_.residual[2 * i + 1];
+      const float a = parts_[0].residual[2 * i], b = parts_[0].residual[2 * i + 1];
       float sum = a * a + b * b;
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      if (!has(i, half)) continue;
-      store(c_.template at<T>(half, L::x) + row * S::hidden + 8 * worker_ + feature_, a * gain.x, b * gain.y);
-      if (feature_ == 0) c_.template at<float>(half, L::squares)[row * S::workers + worker_] = sum;
+      if (!has(i, part)) continue;
+      store(c_.template at<T>(part, L::x) + row * S::hidden + 8 * worker_ + feature_, a * gain.x, b * gain.y);
+      if (feature_ == 0) c_.template at<float>(part, L::squares)[row * S::workers + worker_] = sum;
     }
-    signal(Counters::x + half);
+    signal(Counters::x + part);
   }
 
   /// Partial sums of squares of rows 4 group + warp, + 8, ...: four a lane.
@@ -286,16 +300,16 @@ class Products {
   struct Squares {
     float4 part[kRowsOfWarp];
   };
-  __device__ __forceinline__ Squares load_squares(int half) {
+  __device__ __forceinline__ Squares load_squares(int part) {
     wait_ready();
     Squares squares;
 #pragma unroll
     for (int i = 0; i < kRowsOfWarp; ++i) {
       const int row = 4 * group_ + warp_ + i * 8;
       squares.part[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      if (row < c_.rows_of(half) && lane_ < S::workers / 4) {
+      if (row < c_.rows_of(part) && lane_ < S::workers / 4) {
         squares.part[i] =
-            __ldcg(reinterpret_cast<const float4*>(c_.template at<float>(half, L::squares) + row * S::workers) + lane_);
+            __ldcg(reinterpret_cast<const float4*>(c_.template at<float>(part, L::squares) + row * S::workers) + lane_);
       }
     }
     return squares;
@@ -309,12 +323,12 @@ class Products {
     }
     // Lanes 4 i ... 4 i + 3 end with the sum of row i.
 #pragma unroll
-    for (int half = kRowsOfWarp / 2; half > 0; half /= 2) {
-      const bool upper = lane_ & (4 * half);
+    for (int width = kRowsOfWarp / 2; width > 0; width /= 2) {
+      const bool upper = lane_ & (4 * width);
 #pragma unroll
-      for (int i = 0; i < half; ++i) {
-        const float mine = upper ? sum[i + half] : sum[i], other = upper ? sum[i] : sum[i + half];
-        sum[i] = mine + __shfl_xor_sync(~0u, other, 4 * half);
+      for (int i = 0; i < width; ++i) {
+        const float mine = upper ? sum[i + width] : sum[i], other = upper ? sum[i] : sum[i + width];
+        sum[i] = mine + __shfl_xor_sync(~0u, other, 4 * width);
       }
     }
     sum[0] += __shfl_xor_sync(~0u, sum[0], 1);
@@ -371,7 +385,7 @@ class Products {
   int worker_, group_, warp_, lane_, row_, feature_;
   uint32_t ready_ = 0;
   Position ring_, x_;
-  Half mine_, other_;
+  Part parts_[S::parts];  // the first is the one at work
 };
 
 }  // namespace vivace::split

@@ -18,10 +18,29 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
-/// red.release.gpu.add of 1
-__device__ __forceinline__ void add_release(uint32_t* p) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(p) : "memory");
+/// red.release.gpu.add
+__device__ __forceinline__ void add_release(uint32_t* p, uint32_t n = 1) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(n) : "memory");
 }
+/// ld.relaxed.gpu: 16 bytes whose words are there or not, each for itself.
+__device__ __forceinline__ uint4 load_relaxed(const uint4* p) {
+  uint4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(p)
+               : "memory");
+  return x;
+}
+/// st.relaxed.gpu
+__device__ __forceinline__ void store_relaxed(uint4* p, uint4 x) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t x) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+__device__ __forceinline__ bool all_lanes(bool x) { return __all_sync(~0u, x); }
+
 /// fence.proxy.async of global memory: between ordinary accesses and those of the copy engine.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 

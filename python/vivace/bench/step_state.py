@@ -271,7 +271,8 @@ def own_step(state: State, seed: int) -> tuple[Callable[[], Tensor], Callable[[]
 
 
 def path_of(state: State) -> str:
-    """The last step's kernels: decode_step's "step_persistent", "step_chain", "step_split", "cpu", or "operators"."""
+    """The last step's kernels: decode_step's "step_persistent", "step_chain", "step_split", "step_mesh", "cpu", or
+    "operators"."""
     return vivace.ops.decode_step_kernel() if workspace_bytes(state) >= 0 else "operators"
 
 

@@ -13,8 +13,8 @@ from vivace.t3.rotary import rotary_table
 
 from .cases import OPS
 
-FAMILIES = {"auto": 0, "persistent": 1, "chain": 2, "split": 3}
-KERNELS = {1: "step_persistent", 2: "step_chain", 3: "step_split"}
+FAMILIES = {"auto": 0, "persistent": 1, "chain": 2, "split": 3, "mesh": 4}
+KERNELS = {1: "step_persistent", 2: "step_chain", 3: "step_split", 4: "step_mesh"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Shape:
 TINY = Shape()
 GROUPED = Shape(layers=2, heads=6, heads_kv=2, head_dim=32, intermediate=200, vocab=67)
 ODD = Shape(layers=2, hidden=88, heads=3, heads_kv=3, head_dim=40, intermediate=100, vocab=41)
-T3 = Shape(layers=3, hidden=1024, heads=16, heads_kv=16, intermediate=4096, vocab=8194, positions=4100)
+T3 = Shape(layers=4, hidden=1024, heads=16, heads_kv=16, intermediate=4096, vocab=8194, positions=4100)
 
 
 def shape_on(device, shape=TINY):
@@ -222,8 +222,16 @@ def test_lengths_around_the_ends_of_groups_and_parts_equal_the_reference(lengths
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("requests", [1, 7, 20, 64])
-@pytest.mark.parametrize("family", [0, 2, 3])
+def test_lengths_around_the_ends_of_stages_equal_the_reference():
+    """The mesh kernel reads 64 keys at a time, the last of them in eights, and a row's ninth time joins its first."""
+    lengths = [0, 1, 7, 8, 9, 63, 64, 65, 127, 129, 511, 512, 513, 576, 577, 1025, 2300]
+    model = Model(dataclasses.replace(T3, layers=2), torch.bfloat16, "cuda", 2304, len(lengths))
+    check_step(model, make_state(model, lengths), family=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requests", [1, 7, 20, 32, 64])
+@pytest.mark.parametrize("family", [0, 2, 3, 4])
 def test_a_step_of_many_rows_of_the_real_shape_equals_the_reference(requests, family):
     shape = dataclasses.replace(T3, layers=2)
     model = Model(shape, torch.bfloat16, "cuda", 600, 2 * requests)
@@ -232,7 +240,7 @@ def test_a_step_of_many_rows_of_the_real_shape_equals_the_reference(requests, fa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [65, 66, 127, 128])
+@pytest.mark.parametrize("rows", [65, 66, 127, 128, 129, 193, 256, 260])
 def test_many_rows_of_mixed_lengths_equal_the_reference(rows):
     model = Model(dataclasses.replace(T3, layers=1), torch.bfloat16, "cuda", 3008, rows)
     lengths = [0, 1, 2999, *torch.randint(0, 3000, (rows - 3,)).tolist()]
@@ -241,11 +249,11 @@ def test_many_rows_of_mixed_lengths_equal_the_reference(rows):
 
 @pytest.mark.gpu
 def test_the_number_of_rows_chooses_the_kernel():
-    """Where all three take the model: up to 4 rows, up to 64, and more."""
-    model = Model(dataclasses.replace(T3, layers=1), torch.bfloat16, "cuda", 40, 130)
+    """Where all four take the model."""
+    model = Model(dataclasses.replace(T3, layers=2), torch.bfloat16, "cuda", 40, 130)
     for family in KERNELS:
         model.workspace(1, family)  # skips where the family does not take the model
-    for rows, family in ((1, 1), (4, 1), (5, 2), (64, 2), (65, 3), (130, 3)):
+    for rows, family in ((1, 1), (4, 1), (5, 4), (64, 4), (65, 3), (130, 3)):
         model.step(make_state(model, [7] * rows))
         assert ops.decode_step_kernel() == KERNELS[family], f"{rows} rows"
 
@@ -254,14 +262,15 @@ def test_a_row_alone_gives_the_bits_that_it_gives_among_others(target):
     device, family = target
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     shape, capacity = (TINY, 90) if device == "cpu" else (dataclasses.replace(T3, layers=2), 1024)
-    counts = (2, 3, 9) if device == "cpu" else (2, 3, 4) if family == 1 else (2, 8, 40, 128, 150)
+    few, mesh, many = (2, 3, 4), (2, 8, 17, 40, 64), (2, 8, 40, 128, 150, 193, 260)
+    counts = (2, 3, 9) if device == "cpu" else {1: few, 4: mesh}.get(family, many)
     if family == 0 and device == "cuda":
         pytest.skip("bits are promised within one family")
     model = Model(shape, dtype, device, capacity, max(counts))
     lengths = torch.randint(0, capacity - 1, (max(counts),)).tolist()
     everything = make_state(model, lengths)
     model.workspace(max(counts), family)  # one for all calls
-    # The first rows, and the last of each number: of the second half of a launch, or of the second launch.
+    # The first rows, and the last of each number: of the last of a launch's two to four parts, or of the second launch.
     alone = {r: model.step(everything.rows([r]), family)[0] for r in sorted({0, 1, *(count - 1 for count in counts)})}
     for count in counts:
         logits = model.step(everything.rows(list(range(count))), family)
@@ -497,7 +506,7 @@ ERRORS = {
     },
     "workspace is float32, expected uint8": {"workspace": torch.zeros(4)},
     "eps is -1": {"eps": -1.0},
-    "family is 4": {"family": 4},
+    "family is 5": {"family": 5},
     "probes has 1 heads, probe_layers names 0": {"probes": torch.zeros(1, 3, 1, 9)},
     "probe_heads[0] is 2, there are 2 heads": {
         "probes": torch.zeros(1, 3, 1, 9),

@@ -1,0 +1,85 @@
+// The mesh token step: one persistent kernel for 5 to 64 rows, whose CTAs tell each other everything in 16 bytes at a time.
+//
+// The CTAs are a mesh: CTA (g, j) has head g, the intermediates of group g, and the columns of block j of hidden. Every
+// weight is in one of them. One thread streams weights, and keys and values of earlier steps, through a ring in shared
+// memory in the order of use; it waits for nobody but the ring. The others multiply and attend:
+//
+//   qkv      x of block j  -> partial sums of q, k, v of head g -> the CTA of group g that attends the row
+//   attend   a few rows of head g                               -> group g
+//   out      head g        -> partial sums of the columns of block j -> CTA (row % 16, j), which adds them to the residual
+//   gate_up  x             -> 32 intermediates of group g       -> group g
+//   down     256 intermediates of group g -> as out
+//
+// What is exchanged goes through L2 in vectors that are their own flags (mesh_vector.cuh), written by those that have
+// summed, and read into registers as wgmma's operand A wants it. The order of every sum depends on nothing but the sizes.
+#pragma once
+
+#include "kernels/step/mesh_attention.cuh"
+#include "kernels/step/mesh_deal.cuh"
+#include "kernels/step/mesh_fresh.cuh"
+#include "kernels/step/mesh_load.cuh"
+#include "kernels/step/mesh_products.cuh"
+
+namespace vivace::mesh {
+
+/// The same value, of which the compiler does not know that: what is computed from it does not stay in registers for long.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+template <typename T>
+__device__ __forceinline__ void consume(const Cta& c, int warp, int lane) {
+  const StepParams& p = c.args.p;
+  const int layers = static_cast<int>(p.layers);
+  float x[8];  // the residual stream
+  const auto residual = [&] { return Residual<T>(c, warp, opaque(lane), x); };
+  const auto fresh = [&] { return Fresh<T>(c, warp, opaque(lane)); };
+  const auto products = [&] { return Products<T>(c, warp, opaque(lane)); };
+  residual().begin();
+  fresh().begin();
+  Position ring;
+#pragma unroll 1
+  for (int layer = 0; layer < layers; ++layer) {
+    products().qkv(layer, ring);
+    if (threadIdx.x == 0) c.hurry(true);
+    fresh().collect(layer);
+    sm90::named_barrier_sync(kReady, kConsumers);
+    Attention<T>(c, warp, opaque(lane)).run(layer, ring);
+    if (threadIdx.x == 0) c.hurry(false);
+    products().out(layer, ring);
+    sm90::named_barrier_sync(kUsed, kConsumers);
+    residual().add(static_cast<const T*>(p.post_norm) + int64_t{layer} * kHidden, kMiddlePhase);
+    products().gate_up(layer, ring);
+    products().down(layer, ring);
+    const T* gains = layer + 1 == layers ? static_cast<const T*>(p.norm)
+                                         : static_cast<const T*>(p.input_norm) + int64_t{layer + 1} * kHidden;
+    residual().add(gains, kLastPhase);
+  }
+  products().head(ring);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) mesh_kernel(const __grid_constant__ Args args) {
+  const Cta c(args, step::dynamic_shared());
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
+  if (thread == 0) {
+    c.shared.hurries = 0;
+    for (int i = 0; i < kStages; ++i) {
+      sm90::barrier_init(&c.shared.full[i], 1);
+      sm90::barrier_init(&c.shared.empty[i], kWarps);
+    }
+    sm90::barrier_init_fence();
+  }
+  deal(c);
+  __syncthreads();
+  if (warp < kWarps) {
+    sm90::registers_increase<kConsumerRegisters>();
+    consume<T>(c, warp, lane);
+  } else {
+    sm90::registers_decrease<kStreamRegisters>();
+    if (warp == kWarps && lane == 0) stream(c);
+  }
+}
+
+}  // namespace vivace::mesh

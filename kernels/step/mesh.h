@@ -1,0 +1,53 @@
+// Shapes, workspace and arguments of the mesh token step.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/step/step.h"
+
+namespace vivace::mesh {
+
+/// Rows of a launch: the M of wgmma.
+inline constexpr int kMaxRows = 64;
+
+/// The model: 16 heads of 64. A mesh of CTAs: 16 groups, each of a head and of 256 intermediates, times 8 blocks of 128
+/// columns of hidden.
+inline constexpr int kHeads = 16, kDim = 64, kHidden = kHeads * kDim, kIntermediate = 4 * kHidden;
+inline constexpr int kGroups = kHeads, kBlocks = 8, kCtas = kGroups * kBlocks;
+inline constexpr int kColumns = kHidden / kBlocks;       // 128, of a block
+inline constexpr int kMiddle = kIntermediate / kGroups;  // 256 intermediates of a group
+inline constexpr int kShare = kMiddle / kBlocks;         // 32 of a CTA
+inline constexpr int kFresh = 3 * kDim;                  // q, k and v of a row and a head
+
+/// Two warpgroups that multiply and attend, and one of which a thread streams; registers of their threads.
+inline constexpr int kWarps = 8, kConsumers = 32 * kWarps, kThreads = kConsumers + 128;
+inline constexpr int kConsumerRegisters = 224, kStreamRegisters = 56;
+/// The ring of weights, keys and values.
+inline constexpr int kStages = 12, kStageBytes = 16 * 1024;
+/// Rows that a CTA attends at most.
+inline constexpr int kUnits = kMaxRows / kBlocks;
+
+/// Byte offsets in the workspace. Zero before the first launch, and by every launch left as the next one needs it (see
+/// mesh_vector.cuh). A row's place does not depend on how many there are.
+struct Layout {
+  static constexpr size_t sums = 0;  // (blocks, rows, groups, 128) fp32: partial sums of `out` and `down`
+  static constexpr size_t fresh =
+      sums + size_t{4} * kBlocks * kMaxRows * kGroups * kColumns;                         // (groups, rows, blocks, 192) fp32
+  static constexpr size_t x = fresh + size_t{4} * kGroups * kMaxRows * kBlocks * kFresh;  // (rows, hidden): residual * gain
+  static constexpr size_t squares = x + size_t{2} * kMaxRows * kHidden;                   // (rows, 16) fp32
+  static constexpr size_t gated = squares + size_t{4} * kMaxRows * 2 * kBlocks;           // (groups, rows, 256)
+  static constexpr size_t attention = gated + size_t{2} * kGroups * kMaxRows * kMiddle;   // (groups, rows, 64)
+  static constexpr size_t bytes = attention + size_t{2} * kGroups * kMaxRows * kDim;
+};
+
+struct Args {
+  StepParams p;
+  CUtensorMap qkv, out, gate_up, down, head;                // see mesh.cu
+  CUtensorMap keys[8], values[8];                           // boxes of 8 (i + 1) positions of a head
+  int32_t in_flight_attention = 3, in_flight_products = 1;  // stages that are loaded at a time
+};
+
+}  // namespace vivace::mesh

@@ -1,0 +1,47 @@
+// Which rows a CTA of the mesh step attends.
+#pragma once
+
+#include "kernels/step/mesh_parts.cuh"
+
+namespace vivace::mesh {
+
+/// Deals the rows to the 8 CTAs of a group, all of which come to the same: longest first, 8 in a round, of which the longer
+/// ones go to those who have less so far. By all threads; the result is there after the next __syncthreads.
+__device__ __forceinline__ void deal(const Cta& c) {
+  static_assert(kMaxRows <= kThreads && kMaxRows <= sizeof(Shared::scratch) / 4);
+  const int t = static_cast<int>(threadIdx.x);
+  int32_t* sorted = reinterpret_cast<int32_t*>(c.shared.scratch);
+  if (t < c.rows) c.shared.lengths[t] = c.old_keys(t);
+  __syncthreads();
+  if (t < c.rows) {
+    const int mine = c.shared.lengths[t];
+    int rank = 0;
+    for (int r = 0; r < c.rows; ++r) {
+      const int other = c.shared.lengths[r];
+      rank += other > mine || (other == mine && r < t) ? 1 : 0;
+    }
+    sorted[rank] = t;
+  }
+  __syncthreads();
+  if (t >= 32) return;
+  const int block = t % kBlocks;  // a lane of each eight stands for a CTA
+  int load = 0, units = 0;
+  for (int first = 0; first < c.rows; first += kBlocks) {
+    int place = first;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const int other = __shfl_sync(~0u, load, b);
+      place += other < load || (other == load && b < block) ? 1 : 0;
+    }
+    if (place >= c.rows) continue;
+    const int row = sorted[place];
+    load += c.shared.lengths[row];
+    if (t == c.block) {
+      c.shared.units[units] = {row, max(0, c.args.p.cache_batch_idx[row]), c.shared.lengths[row], c.newest(row)};
+    }
+    ++units;
+  }
+  if (t == c.block) c.shared.unit_count = units;
+}
+
+}  // namespace vivace::mesh

@@ -1,0 +1,112 @@
+// q, k and v of the rows that a CTA attends: sums of what its group has sent, rotated, for attention and the cache.
+#pragma once
+
+#include "kernels/step/mesh_residual.cuh"
+
+namespace vivace::mesh {
+
+/// Warp u has the CTA's unit u. A lane has 8 of the 192 columns, lanes from 24 on have those of others once more.
+template <typename T>
+class Fresh {
+ public:
+  __device__ __forceinline__ Fresh(const Cta& c, int warp, int lane)
+      : c_(c), warp_(warp), lane_(lane), group_(min(lane / 4, kFresh / 32 - 1)) {}
+
+  /// Rotary tables, and 1 / rms of what the row begins with.
+  __device__ __forceinline__ void begin() const {
+    if (warp_ >= c_.shared.unit_count) return;
+    const StepParams& p = c_.args.p;
+    const int row = c_.shared.units[warp_].row;
+    const int64_t last = p.rotary_positions - 1, n = p.cache_seqlens[row];
+    const int64_t at = (n < 0 ? 0 : n < last ? n : last) * (kDim / 2) + lane_;
+    const bool fp32 = p.rotary_dtype == DType::kFloat32;
+    c_.shared.rotary[warp_][0][lane_] =
+        fp32 ? static_cast<const float*>(p.rotary_cos)[at] : to_float(static_cast<const T*>(p.rotary_cos)[at]);
+    c_.shared.rotary[warp_][1][lane_] =
+        fp32 ? static_cast<const float*>(p.rotary_sin)[at] : to_float(static_cast<const T*>(p.rotary_sin)[at]);
+    // 1 / rms of what the row begins with
+    const Embedding<T> embedding(c_, row);
+    float sum = 0.0f;
+#pragma unroll 1
+    for (int g = lane_ / 4; g < kHidden / 32; g += 8) {
+      float x[8];
+      embedding.load(g, lane_, x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += x[i] * x[i];
+    }
+#pragma unroll
+    for (int distance = 1; distance <= 16; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+    c_.shared.first_inverse[warp_] = rsqrtf(sum * (1.0f / kHidden) + p.eps);
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void collect(int layer) const {
+    if (warp_ >= c_.shared.unit_count) return;
+    const Unit unit = c_.shared.units[warp_];
+    constexpr int kPitch = kFresh * 4;
+    const uint8_t* from =
+        c_.at<uint8_t>(Layout::fresh) + (c_.group * kMaxRows + unit.row) * kBlocks * kPitch + group_ * 128 + lane_ % 4 * 16;
+    const uint32_t phase = phase_of(layer);
+    uint4 part[kBlocks][2], squares;
+    uint32_t wrong;
+    step::Watchdog<kTurns> watchdog;
+    do {
+      watchdog.check();
+      wrong = 0;
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) part[s][h] = load_relaxed(from + s * kPitch + 64 * h);
+      }
+      squares = load_relaxed(squares_of(c_, unit.row, lane_));
+      if (layer > 0) wrong = wrong_phase(squares, kLastPhase);
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) wrong |= (part[s][0].x ^ phase) | (part[s][1].x ^ phase);
+    } while (__any_sync(~0u, wrong & 1));
+    const float scale = layer == 0 ? c_.shared.first_inverse[warp_] : inverse_rms(squares, c_.args.p.eps);
+    float x[8];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int s = 0; s < kBlocks; ++s) {
+        const uint4 v = part[s][h];
+        const float f[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[4 * h + i] = s == 0 ? f[i] : x[4 * h + i] + f[i];
+      }
+    }
+    const int half = group_ % 2, matrix = group_ / 2;
+    const float(&rotary)[2][kDim / 2] = c_.shared.rotary[warp_];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float mine = x[i] * scale, other = __shfl_xor_sync(~0u, mine, 4);  // 32 columns away
+      const int column = column_of(lane_, i);
+      const float cosine = rotary[0][column], sine = rotary[1][column];
+      x[i] = matrix == 2 ? mine : mine * cosine + (half ? other : -other) * sine;
+    }
+    if (lane_ < 4 * (kFresh / 32)) {
+      const StepParams& p = c_.args.p;
+      T* cache = nullptr;
+      if (unit.newest >= 0 && matrix > 0) {
+        T* base = static_cast<T*>(matrix == 1 ? p.k_cache : p.v_cache);
+        const int64_t(&stride)[4] = matrix == 1 ? p.k_stride : p.v_stride;
+        cache = base + layer * stride[0] + unit.cache_row * stride[1] + unit.newest * int64_t{kDim} + c_.group * stride[3];
+      }
+      uint16_t* to = c_.shared.fresh[warp_][matrix];
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        const uint32_t word = pack2<T>(x[i], x[i + 1]);
+        const int column = 32 * half + column_of(lane_, i);
+        *reinterpret_cast<uint32_t*>(to + column) = word;
+        if (cache != nullptr) *reinterpret_cast<uint32_t*>(cache + column) = word;
+      }
+    }
+    __syncwarp();
+  }
+
+ private:
+  const Cta& c_;
+  int warp_, lane_, group_;
+};
+
+}  // namespace vivace::mesh

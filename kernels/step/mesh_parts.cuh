@@ -1,0 +1,115 @@
+// What the roles of the mesh step share: the ring, the place of a CTA, shared memory.
+#pragma once
+
+#include "kernels/common/convert.cuh"
+#include "kernels/common/ptx.cuh"
+#include "kernels/common/vector.cuh"
+#include "kernels/step/mesh.h"
+#include "kernels/step/mesh_ptx.cuh"
+#include "kernels/step/step_ptx.cuh"
+
+namespace vivace::mesh {
+
+/// Named barriers, beside 0 of __syncthreads.
+enum Barrier {
+  kPair = 1,   // and 2, 3, 4: a warp of either warpgroup, the same rows (64 threads)
+  kReady = 5,  // q, k and v of the CTA's rows are in shared memory (256)
+  kMerge = 6,  // all parts of attention's states are in shared memory (256)
+  kUsed = 7,   // which may be written again, as may q, k and v (256)
+};
+
+/// A row whose attention of the group's head the CTA computes.
+struct Unit {
+  int32_t row;
+  int32_t cache_row;
+  int32_t keys;    // that were there before the step
+  int32_t newest;  // position of the new key, or -1: there is none
+};
+
+/// Behind the ring.
+struct Shared {
+  float4 halves[4][kConsumers];       // half of a thread's sums over half of the columns, for the other warpgroup
+  uint16_t fresh[kUnits][3][kDim];    // q, k, v of the step, rotated, in T; columns in their natural order
+  float rotary[kUnits][2][kDim / 2];  // cosines and sines
+  float scratch[2048];                // attention's
+  Unit units[kUnits];
+  float first_inverse[kUnits];  // 1 / rms of what a row begins with
+  int32_t lengths[kMaxRows];
+  int32_t unit_count;
+  int32_t hurries;  // see Cta::hurry
+  uint64_t full[kStages], empty[kStages];
+};
+inline constexpr size_t kSharedBytes = kStages * kStageBytes + sizeof(Shared);
+static_assert(kSharedBytes <= 227 * 1024);
+
+inline constexpr uint32_t kTurns = 1u << 22;  // looks, before a wait is given up
+
+/// A place in the ring.
+struct Position {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next() {
+    const bool wraps = slot + 1 == kStages;
+    slot = wraps ? 0 : slot + 1;
+    parity ^= wraps ? 1 : 0;
+  }
+  __device__ __forceinline__ void advance(int n) {
+    slot += n;
+    parity ^= slot / kStages & 1;
+    slot %= kStages;
+  }
+};
+
+/// Where a CTA stands in the mesh.
+struct Cta {
+  const Args& args;
+  uint8_t* ring;
+  Shared& shared;
+  int cta, group, block, rows;
+
+  __device__ __forceinline__ Cta(const Args& a, uint8_t* memory)
+      : args(a),
+        ring(memory),
+        shared(*reinterpret_cast<Shared*>(memory + kStages * kStageBytes)),
+        cta(static_cast<int>(blockIdx.x)),
+        group(cta / kBlocks),
+        block(cta % kBlocks),
+        rows(static_cast<int>(a.p.rows)) {}
+
+  template <typename P>
+  __device__ __forceinline__ P* at(size_t offset) const {
+    return reinterpret_cast<P*>(static_cast<uint8_t*>(args.p.workspace) + offset);
+  }
+  /// Attention of the group's head for a row, (64).
+  template <typename T>
+  __device__ __forceinline__ T* attention(int row) const {
+    return at<T>(Layout::attention) + (group * kMaxRows + row) * kDim;
+  }
+  __device__ __forceinline__ bool has_tile(int tile) const { return tile * int64_t{64} < args.p.vocab; }
+
+  /// Whether more loads may be under way, from the sums of q, k and v until attention is done; else they would hold up what
+  /// CTAs tell each other. Atomic, since the loading thread hears of it without a barrier.
+  __device__ __forceinline__ void hurry(bool on) const { atomicExch(&shared.hurries, on ? 1 : 0); }
+  __device__ __forceinline__ bool hurries() const { return atomicOr(&shared.hurries, 0) != 0; }
+
+  /// Keys of a row that were there before the step.
+  __device__ __forceinline__ int old_keys(int row) const {
+    if (args.p.cache_batch_idx[row] < 0) return 0;
+    return max(0, min(args.p.cache_seqlens[row], static_cast<int>(args.p.capacity)));
+  }
+  /// Where the step's key goes; -1: nowhere.
+  __device__ __forceinline__ int newest(int row) const {
+    const int n = args.p.cache_seqlens[row];
+    return args.p.cache_batch_idx[row] >= 0 && n >= 0 && n < args.p.capacity ? n : -1;
+  }
+
+  /// Waits until the stage is there; all lanes. Every warp waits for and releases every stage, whether it uses it or not.
+  __device__ __forceinline__ uint8_t* wait(const Position& at) const {
+    step::barrier_wait<kTurns>(&shared.full[at.slot], at.parity);
+    return ring + at.slot * kStageBytes;
+  }
+  /// This warp has read the stage; one lane.
+  __device__ __forceinline__ void release(const Position& at) const { barrier_arrive(&shared.empty[at.slot]); }
+};
+
+}  // namespace vivace::mesh

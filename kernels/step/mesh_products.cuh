@@ -1,0 +1,313 @@
+// The products of the mesh step. The rows are the M of wgmma: warp w of either warpgroup has rows w, w + 4, ... Operand A
+// comes from registers, into which a lane reads its part straight from where other CTAs have written it; the weights, B,
+// from the ring.
+#pragma once
+
+#include "kernels/common/wgmma.cuh"
+#include "kernels/step/mesh_residual.cuh"
+
+namespace vivace::mesh {
+
+/// Operand A, kCount groups of 32 columns: a lane's vectors of row row_, and of the one 32 further on.
+template <int kCount>
+struct Operand {
+  uint4 v[kCount][2];
+};
+
+template <typename T>
+class Products {
+ public:
+  __device__ __forceinline__ Products(const Cta& c, int warp, int lane)
+      : c_(c),
+        lane_(lane),
+        half_(warp / 4),
+        pair_(warp % 4),
+        row_(lane / 4 * 4 + pair_),
+        first_(min(row_, last_row(c.rows, pair_))),
+        second_(min(row_ + 32, last_row(c.rows, pair_))),
+        has_rows_(pair_ < c.rows),
+        has_second_(pair_ + 32 < c.rows) {}
+
+  /// Partial sums of q, k and v: the group's head, over the columns of the CTA's block.
+  __device__ __forceinline__ void qkv(int layer, Position& ring) {
+    Operand<kColumns / 32> a;
+    if (layer == 0) {
+      embed(a);
+    } else {
+      const size_t at = Layout::x + 2 * kColumns * c_.block;
+      gather<true>(a, at, 2 * kHidden, kLastPhase);
+    }
+    // The first warpgroup has q and the first half of k, the second v and the other half.
+    float sum[32], k[16];
+    clear(sum);
+    clear(k);
+    Position at = ring;
+    const uint8_t* stage[3];
+#pragma unroll
+    for (int m = 0; m < 3; ++m) stage[m] = c_.wait(at), at.next();
+    sm90::wgmma_fence();
+#pragma unroll
+    for (int g = 0; g < kColumns / 32; ++g) {
+      multiply<64>(sum, a.v[g], (half_ == 0 ? stage[0] : stage[2]) + g / 2 * 8192 + g % 2 * 64);
+      multiply<32>(k, a.v[g], stage[1] + g / 2 * 8192 + half_ * 4096 + g % 2 * 64);
+    }
+    sm90::wgmma_commit();
+    finish(ring, 3);
+    sm90::wgmma_hold(sum);
+    sm90::wgmma_hold(k);
+    const size_t pitch = kBlocks * kFresh * 4;
+    uint8_t* to = c_.at<uint8_t>(Layout::fresh) + c_.group * kMaxRows * pitch + c_.block * kFresh * 4;
+    send(sum, to + half_ * 512, pitch, phase_of(layer));
+    send(k, to + 256 + half_ * 128, pitch, phase_of(layer));
+  }
+
+  /// Partial sums of `out` over the group's head.
+  __device__ __forceinline__ void out(int layer, Position& ring) {
+    Operand<kDim / 32> a;
+    gather<false>(a, Layout::attention + 2 * c_.group * kMaxRows * kDim, 2 * kDim, phase_of(layer));
+    share<1>(a, ring, kMiddlePhase);
+  }
+
+  /// silu(gate) * up of the CTA's intermediates.
+  __device__ __forceinline__ void gate_up(int layer, Position& ring) {
+    Operand<kHidden / 64> a;
+    gather_half(a, kMiddlePhase);
+    float sum[16], scale;
+    multiply_half(sum, a, ring, [&] { scale = inverse(kMiddlePhase); });
+    float gated[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) gated[i] = silu(sum[i] * scale) * (sum[8 + i] * scale);
+    const int row = row_ + 32 * half_;
+    if (row < c_.rows) {
+      T* to = c_.at<T>(Layout::gated) + (c_.group * kMaxRows + row) * kMiddle + kShare * c_.block + lane_ % 4 * 8;
+      store_relaxed(to, vector_of<T>(gated, phase_of(layer)));
+    }
+    __syncwarp();
+  }
+
+  /// Partial sums of `down` over the group's intermediates.
+  __device__ __forceinline__ void down(int layer, Position& ring) {
+    Operand<kMiddle / 32> a;
+    gather<true>(a, Layout::gated + 2 * c_.group * kMaxRows * kMiddle, 2 * kMiddle, phase_of(layer));
+    share<kMiddle / 64>(a, ring, kLastPhase);
+  }
+
+  __device__ __forceinline__ void head(Position& ring) {
+    const StepParams& p = c_.args.p;
+    Operand<kHidden / 64> a;
+    gather_half(a, kLastPhase);
+    const float scale = inverse(kLastPhase);
+#pragma unroll 1
+    for (int tile = c_.cta; c_.has_tile(tile); tile += kCtas) {
+      float sum[16];
+      multiply_half(sum, a, ring, [] {});
+      const int row = row_ + 32 * half_;
+      if (row < c_.rows) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          const int64_t feature = 64 * tile + i / 2 * 8 + lane_ % 4 * 2 + i % 2;
+          if (feature < p.vocab) p.logits[row * p.vocab + feature] = sum[i] * scale;
+        }
+      }
+      __syncwarp();
+    }
+  }
+
+ private:
+  /// Of those that warp `pair` has; any, if it has none.
+  static __device__ __forceinline__ int last_row(int rows, int pair) {
+    return min((rows - 1 - pair) / 4 * 4 + pair, rows - 1);
+  }
+
+  static __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+  template <int kCount>
+  static __device__ __forceinline__ void clear(float (&sum)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] = 0.0f;
+    sm90::wgmma_hold(sum);
+  }
+
+  /// sum += A (32 columns) times kN features, K-major in blocks of 64 columns, of which `weights` are 32.
+  template <int kN>
+  static __device__ __forceinline__ void multiply(float (&sum)[kN / 2], const uint4 (&a)[2], const uint8_t* weights) {
+    const uint32_t low = sm90::wgmma_descriptor_low(weights, 0);
+    sm90::Wgmma<T, kN>::rs_k(sum, {a[0].x, a[1].x, a[0].y, a[1].y}, sm90::wgmma_descriptor_of(low), true);
+    sm90::Wgmma<T, kN>::rs_k(sum, {a[0].z, a[1].z, a[0].w, a[1].w}, sm90::wgmma_descriptor_of(low + 2), true);
+  }
+
+  /// The products under way, which read the next `stages` stages, are complete.
+  __device__ __forceinline__ void finish(Position& ring, int stages) const {
+    sm90::wgmma_wait<0>();
+#pragma unroll
+    for (int s = 0; s < stages; ++s) {
+      if (lane_ == 0) c_.release(ring);
+      ring.next();
+    }
+  }
+
+  /// First values of the residual stream, times the first gain.
+  template <int kCount>
+  __device__ __forceinline__ void embed(Operand<kCount>& a) const {
+    const T* gain = static_cast<const T*>(c_.args.p.input_norm);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const Embedding<T> embedding(c_, r == 0 ? first_ : second_);
+#pragma unroll
+      for (int g = 0; g < kCount; ++g) {
+        const int group = kCount * c_.block + g;
+        float x[8];
+        embedding.load(group, lane_, x);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] *= to_float(gain[32 * group + column_of(lane_, i)]);
+        a.v[g][r] = vector_of<T>(x, kLastPhase);
+      }
+    }
+  }
+
+  /// Reads operand A, rows of `pitch` bytes, until all of it has the phase. With kPolls a few vectors are looked at first.
+  template <bool kPolls, int kCount>
+  __device__ __forceinline__ void gather(Operand<kCount>& a, size_t offset, int pitch, uint32_t phase) const {
+#pragma unroll
+    for (int g = 0; g < kCount; ++g) a.v[g][0] = a.v[g][1] = make_uint4(0, 0, 0, 0);
+    if (!has_rows_) return;
+    const uint8_t* from = c_.at<uint8_t>(offset) + lane_ % 4 * 16;
+    const uint8_t* first = from + first_ * pitch;
+    const uint8_t* second = from + second_ * pitch;
+    if constexpr (kPolls) {
+      // First a vector of each warp that sends something of these rows: to ask for all of it again and again holds up
+      // others.
+      int row, group;
+      if constexpr (kCount == kMiddle / 32) {  // 8 CTAs, rows below 32 and above
+        row = lane_ / 8 % 2 == 1 && has_second_ ? pair_ + 32 : pair_;
+        group = lane_ % 8;
+      } else {  // x: CTAs pair, pair + 4, ... of the group's blocks, of which two warps have a row
+        const int owner = pair_ + lane_ / 4 % 4 * 4;
+        row = owner < c_.rows ? owner + (c_.rows - 1 - owner) / kGroups * kGroups : pair_;
+        group = kCount == kColumns / 32 ? lane_ % 4 : lane_ % 4 * 4 + 1 + lane_ / 16 * 2;
+      }
+      poll(phase, c_.at<uint8_t>(offset) + row * pitch + 64 * group);
+    }
+    uint32_t wrong;
+    step::Watchdog<kTurns> watchdog;
+    do {
+      watchdog.check();
+      wrong = 0;
+      if (row_ < c_.rows) {
+#pragma unroll
+        for (int g = 0; g < kCount; ++g) a.v[g][0] = load_relaxed(first + 64 * g);
+      }
+      if (row_ + 32 < c_.rows) {
+#pragma unroll
+        for (int g = 0; g < kCount; ++g) a.v[g][1] = load_relaxed(second + 64 * g);
+#pragma unroll
+        for (int g = 0; g < kCount; ++g) wrong |= a.v[g][1].x ^ phase;
+      }
+      if (row_ < c_.rows) {
+#pragma unroll
+        for (int g = 0; g < kCount; ++g) wrong |= a.v[g][0].x ^ phase;
+      }
+    } while (__any_sync(~0u, wrong & 1));
+  }
+
+  /// x, of the half of the columns that is the warpgroup's.
+  __device__ __forceinline__ void gather_half(Operand<kHidden / 64>& a, uint32_t phase) const {
+    gather<true>(a, Layout::x + half_ * kHidden, 2 * kHidden, phase);
+  }
+
+  /// 1 / rms of the row whose sums this thread completes.
+  __device__ __forceinline__ float inverse(uint32_t phase) const {
+    if (!has_rows_) return 0.0f;
+    const uint8_t* from = squares_of(c_, half_ == 0 ? first_ : second_, lane_);
+    uint4 v;
+    step::Watchdog<kTurns> watchdog;
+    do {
+      watchdog.check();
+      v = load_relaxed(from);
+    } while (__any_sync(~0u, wrong_phase(v, phase) & 1));
+    return inverse_rms(v, c_.args.p.eps);
+  }
+
+  /// The products of both warpgroups, each over half of the columns, with 64 features; of each two rows a warpgroup gets
+  /// one. Does something else meanwhile.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void multiply_half(float (&result)[16], const Operand<kHidden / 64>& a, Position& ring,
+                                                Meanwhile&& meanwhile) const {
+    float sum[32];
+    clear(sum);
+    Position at = ring;
+#pragma unroll
+    for (int s = 0; s < kHidden / 128; ++s) {
+      const uint8_t* stage = c_.wait(at) + half_ * 8192;
+      at.next();
+      sm90::wgmma_fence();
+      multiply<64>(sum, a.v[2 * s], stage);
+      multiply<64>(sum, a.v[2 * s + 1], stage + 64);
+    }
+    sm90::wgmma_commit();
+    meanwhile();
+    finish(ring, kHidden / 128);
+    sm90::wgmma_hold(sum);
+    const int thread = static_cast<int>(threadIdx.x);
+    float4(&halves)[4][kConsumers] = c_.shared.halves;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // of eights of features 2 i and 2 i + 1
+      halves[i][thread] = half_ == 0 ? make_float4(sum[8 * i + 2], sum[8 * i + 3], sum[8 * i + 6], sum[8 * i + 7])
+                                     : make_float4(sum[8 * i], sum[8 * i + 1], sum[8 * i + 4], sum[8 * i + 5]);
+    }
+    sm90::named_barrier_sync(kPair + pair_, 64);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float4 other = halves[i][thread ^ (kConsumers / 2)];
+      result[4 * i] = (half_ == 0 ? sum[8 * i] : sum[8 * i + 2]) + other.x;
+      result[4 * i + 1] = (half_ == 0 ? sum[8 * i + 1] : sum[8 * i + 3]) + other.y;
+      result[4 * i + 2] = (half_ == 0 ? sum[8 * i + 4] : sum[8 * i + 6]) + other.z;
+      result[4 * i + 3] = (half_ == 0 ? sum[8 * i + 5] : sum[8 * i + 7]) + other.w;
+    }
+    sm90::named_barrier_sync(kPair + pair_, 64);
+  }
+
+  /// kStages stages of 128 features times 64 columns; a warpgroup has half of the features.
+  template <int kCount>
+  __device__ __forceinline__ void share(const Operand<2 * kCount>& a, Position& ring, uint32_t phase) const {
+    float sum[32];
+    clear(sum);
+    Position at = ring;
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+      const uint8_t* stage = c_.wait(at) + half_ * 8192;
+      at.next();
+      sm90::wgmma_fence();
+      multiply<64>(sum, a.v[2 * s], stage);
+      multiply<64>(sum, a.v[2 * s + 1], stage + 64);
+    }
+    sm90::wgmma_commit();
+    finish(ring, kCount);
+    sm90::wgmma_hold(sum);
+    constexpr int kPitch = kGroups * kColumns * 4;
+    send(sum, c_.at<uint8_t>(Layout::sums) + c_.block * kMaxRows * kPitch + c_.group * kColumns * 4 + half_ * 256, kPitch,
+         phase);
+  }
+
+  /// Partial sums, 32 columns in 128 bytes, to the lane's rows.
+  template <int kCount>
+  __device__ __forceinline__ void send(const float (&sum)[kCount], uint8_t* to, size_t pitch, uint32_t phase) const {
+    to += row_ * pitch + lane_ % 4 * 16;
+#pragma unroll
+    for (int r = 0; r < 2; ++r, to += 32 * pitch) {
+      if (row_ + 32 * r >= c_.rows) continue;
+#pragma unroll
+      for (int i = 0; i < kCount / 8; ++i) {  // 16 columns
+        const float* x = sum + 8 * i + 2 * r;
+        store_relaxed(to + 64 * i, vector_of(x[0], x[1], x[4], x[5], phase));
+      }
+    }
+    __syncwarp();
+  }
+
+  const Cta& c_;
+  int lane_, half_, pair_, row_, first_, second_;
+  bool has_rows_, has_second_;
+};
+
+}  // namespace vivace::mesh

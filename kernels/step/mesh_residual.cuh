@@ -1,0 +1,134 @@
+// The residual stream of the mesh step: CTA (g, j) keeps rows g, g + 16, ... of column block j.
+#pragma once
+
+#include "kernels/step/mesh_vector.cuh"
+
+namespace vivace::mesh {
+
+/// Two neighbours of `from`, as fp32.
+template <typename T>
+__device__ __forceinline__ float2 pair_of(const T* from) {
+  return unpack2<T>(*reinterpret_cast<const uint32_t*>(from));
+}
+
+/// What a row begins with.
+template <typename T>
+struct Embedding {
+  const T *token, *position;
+
+  __device__ __forceinline__ Embedding(const Cta& c, int row) {
+    const StepParams& p = c.args.p;
+    const auto clamp = [](int64_t i, int64_t size) { return i < 0 ? int64_t{0} : i < size ? i : size - 1; };
+    const int64_t request = clamp(p.row_request[row], p.requests);
+    token = static_cast<const T*>(p.speech_emb) + clamp(p.tokens[request], p.speech_tokens) * kHidden;
+    position = static_cast<const T*>(p.speech_pos_emb) + clamp(p.positions[request], p.speech_positions) * kHidden;
+  }
+
+  /// A lane's 8 of the 32 columns of `group`.
+  __device__ __forceinline__ void load(int group, int lane, float (&x)[8]) const {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const int column = 32 * group + column_of(lane, i);
+      const float2 a = pair_of(token + column), b = pair_of(position + column);
+      x[i] = to_float(from_float<T>(a.x + b.x));
+      x[i + 1] = to_float(from_float<T>(a.y + b.y));
+    }
+  }
+};
+
+/// What the 16 senders of a row say of its squares: a lane's quarter. And of all 16, 1 / rms of the row.
+__device__ __forceinline__ const uint8_t* squares_of(const Cta& c, int row, int lane) {
+  return c.at<uint8_t>(Layout::squares) + row * (8 * kBlocks) + lane % 4 * 16;
+}
+__device__ __forceinline__ uint32_t wrong_phase(const uint4& v, uint32_t phase) {
+  return (v.x ^ phase) | (v.y ^ phase) | (v.z ^ phase) | (v.w ^ phase);
+}
+__device__ __forceinline__ float inverse_rms(const uint4& v, float eps) {
+  float sum = (__uint_as_float(v.x) + __uint_as_float(v.y)) + (__uint_as_float(v.z) + __uint_as_float(v.w));
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  sum += __shfl_xor_sync(~0u, sum, 2);
+  return rsqrtf(sum * (1.0f / kHidden) + eps);
+}
+
+/// Two warps have a row. A lane has 8 of 32 columns, and of 16 sources of a sum a quarter.
+template <typename T>
+class Residual {
+ public:
+  __device__ __forceinline__ Residual(const Cta& c, int warp, int lane, float (&x)[8])
+      : c_(c), x_(x), lane_(lane), half_(warp % 2), group_(2 * half_ + lane / 4 % 2), row_(c.group + kGroups * (warp / 2)) {}
+
+  /// What the row begins with.
+  __device__ __forceinline__ void begin() const {
+    if (row_ < c_.rows) Embedding<T>(c_, row_).load(kColumns / 32 * c_.block + group_, lane_, x_);
+  }
+
+  /// Adds the sums of `out` or `down`, of that phase, and publishes what the next product reads, x * gain, and the
+  /// sum of squares, in the same phase.
+  __device__ __forceinline__ void add(const void* gains, uint32_t phase) const {
+    if (row_ >= c_.rows) return;
+    const T* gain = static_cast<const T*>(gains) + kColumns * c_.block + 32 * group_;
+    float2 g[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) g[i] = pair_of(gain + column_of(lane_, 2 * i));
+
+    constexpr int kPerLane = kGroups / 4, kPitch = kColumns * 4;
+    const uint8_t* from = c_.at<uint8_t>(Layout::sums) +
+                          ((c_.block * kMaxRows + row_) * kGroups + lane_ / 8 * kPerLane) * kPitch + group_ * 128 +
+                          lane_ % 4 * 16;
+    uint4 part[kPerLane][2];
+    uint32_t wrong;
+    step::Watchdog<kTurns> watchdog;
+    do {
+      watchdog.check();
+      wrong = 0;
+#pragma unroll
+      for (int s = 0; s < kPerLane; ++s) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) part[s][h] = load_relaxed(from + s * kPitch + 64 * h);
+      }
+#pragma unroll
+      for (int s = 0; s < kPerLane; ++s) wrong |= (part[s][0].x ^ phase) | (part[s][1].x ^ phase);
+    } while (__any_sync(~0u, wrong & 1));
+    float sum[8];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int s = 0; s < kPerLane; ++s) {
+        const uint4 v = part[s][h];
+        const float f[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[4 * h + i] = s == 0 ? f[i] : sum[4 * h + i] + f[i];
+      }
+    }
+#pragma unroll
+    for (int distance = 8; distance <= 16; distance *= 2) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] += __shfl_xor_sync(~0u, sum[i], distance);
+    }
+    float scaled[8], squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      x_[i] += sum[i];
+      squares += x_[i] * x_[i];
+      scaled[i] = x_[i] * (i % 2 == 0 ? g[i / 2].x : g[i / 2].y);
+    }
+    if (lane_ < 8) {
+      T* to = c_.at<T>(Layout::x) + row_ * kHidden + kColumns * c_.block + 32 * group_ + lane_ % 4 * 8;
+      store_relaxed(to, vector_of<T>(scaled, phase));
+    }
+#pragma unroll
+    for (int distance = 1; distance <= 4; distance *= 2) squares += __shfl_xor_sync(~0u, squares, distance);
+    if (lane_ == 0) {
+      store_relaxed(c_.at<uint32_t>(Layout::squares) + row_ * 2 * kBlocks + 2 * c_.block + half_,
+                    with_phase(squares, phase));
+    }
+    __syncwarp();
+  }
+
+ private:
+  const Cta& c_;
+  float (&x_)[8];
+  int lane_, half_, group_, row_;
+};
+
+}  // namespace vivace::mesh

@@ -1,0 +1,60 @@
+// What CTAs of the mesh tell each other: 16 bytes that are their own flag.
+//
+// The lowest bit of a vector's first word is its phase. Every place in the workspace is written an even number of times in
+// a step, with phases 1 and 0 in turn, so a reader knows what it waits for, a launch leaves what it has found (phase 0), and
+// nothing is ever cleared. The 16 bytes are one access of the memory model (.b128), so a vector that has the phase is whole.
+//
+// Nor does a place need a second one, since whoever writes it has heard that all have read it. Of a row, sums of `down`
+// follow gated values of the whole group, these all of x, and x the reading of the sums of `out`. Those follow attention,
+// this q, k and v over all columns, and these x, for which the sums of `down` had been read. x of the middle of a layer
+// follows sums of `out` of all groups, whose warps had read x before; x of the end sums of `down`, these gated values of all
+// blocks, and these all of x. The others are written once a layer, after x that follows what their readers sent.
+//
+// Columns: a lane of wgmma has, of each 32 columns, {0, 1, 8, 9, 16, 17, 24, 25} + 2 (lane % 4), be it of a sum or
+// of operand A. So of each 32 columns the 8 of a lane are a vector of T: a row is groups of 32 columns, a group 4 vectors.
+// Of fp32 the first four of them are a vector, and the others one 64 bytes further, so that each 4 lanes access 64 bytes.
+#pragma once
+
+#include "kernels/step/mesh_parts.cuh"
+
+namespace vivace::mesh {
+
+/// Phases of what is written: `out` before `down`, x between the two before x after them; else by layer.
+inline constexpr uint32_t kMiddlePhase = 1, kLastPhase = 0;
+__device__ __forceinline__ uint32_t phase_of(int layer) { return (layer + 1) & 1; }
+
+/// The column, of 32, of value i (0 ... 7) of lane `lane`.
+__device__ __forceinline__ int column_of(int lane, int i) { return i / 2 * 8 + lane % 4 * 2 + i % 2; }
+
+/// An fp32 value whose lowest bit is the phase.
+__device__ __forceinline__ uint32_t with_phase(float x, uint32_t phase) { return (__float_as_uint(x) & ~1u) | phase; }
+
+/// Four fp32 values.
+__device__ __forceinline__ uint4 vector_of(float a, float b, float c, float d, uint32_t phase) {
+  return make_uint4(with_phase(a, phase), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d));
+}
+
+/// Eight values as T. The first is rounded to the nearest whose lowest bit is the phase.
+template <typename T>
+__device__ __forceinline__ uint4 vector_of(const float (&x)[8], uint32_t phase) {
+  uint4 v = make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+  if ((v.x & 1) != phase) {
+    const bool up = (v.x & 0x7fff) == 0 || fabsf(x[0]) >= fabsf(unpack2<T>(v.x).x);
+    v.x +=
+        up ? 1 : -1;  // to the neighbour on the side of x; NaNs stay NaNs, infinity becomes one, and zero the least of all
+  }
+  return v;
+}
+
+/// Waits until the vectors that the lanes of a warp look at have the phase.
+template <typename... P>
+__device__ __forceinline__ void poll(uint32_t phase, const P*... vectors) {
+  uint32_t wrong;
+  step::Watchdog<kTurns> watchdog;
+  do {
+    watchdog.check();
+    wrong = ((load_relaxed(vectors).x ^ phase) | ...);
+  } while (__any_sync(~0u, wrong & 1));
+}
+
+}  // namespace vivace::mesh
