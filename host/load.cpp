@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <optional>
 #include <sstream>
 #include <string_view>
 
@@ -15,17 +16,23 @@ namespace {
 
 constexpr const char* kOp = "engine";
 
+/// A switch of the environment, 0 or 1; nothing where it is not set.
+std::optional<bool> switch_of(const char* name) {
+  const char* value = std::getenv(name);
+  if (value == nullptr || *value == '\0') return std::nullopt;
+  const std::string_view text = value;
+  check(text == "0" || text == "1", kOp, "the environment's ", name, " is ", printable(text), ", expected 0 or 1");
+  return text == "1";
+}
+
 bool graphs_wanted(const EngineOptions& options) {
-  const char* flag = std::getenv("VIVACE_CUDA_GRAPHS");
-  return options.cuda_graphs && (flag == nullptr || std::string_view(flag) != "0");
+  return switch_of("VIVACE_CUDA_GRAPHS").value_or(true) && options.cuda_graphs;
 }
 
 /// Whether the layers' weights are stacked, so that decode_step can run.
 bool fused_wanted(const EngineOptions& options, bool cuda) {
-  const char* flag = std::getenv("VIVACE_FUSED_STEP");
-  const std::string_view wanted = flag == nullptr || *flag == '\0' ? std::string_view(options.fused_step)
-                                  : std::string_view(flag) == "0"  ? "off"
-                                                                   : "on";
+  const std::optional<bool> chosen = switch_of("VIVACE_FUSED_STEP");
+  const std::string_view wanted = !chosen ? std::string_view(options.fused_step) : *chosen ? "on" : "off";
   return wanted == "on" || (wanted == "auto" && (cuda || options.deterministic));
 }
 
@@ -41,11 +48,12 @@ std::string gib(int64_t bytes) {
 void Engine::Worker::load() {
   const auto start = Clock::now();
   if (options.threads > 0) at::set_num_threads(options.threads);
+  const bool with_graphs = graphs_wanted(options);
   const bool stacked = fused_wanted(options, resolve_device(options.device).is_cuda());
   model = std::make_unique<Model>(
       ModelOptions{options.model, options.operators, options.device, options.dtype, options.verify, stacked});
   manifest = model->manifest();
-  if (model->device().is_cuda() && graphs_wanted(options)) graphs = std::make_unique<StepGraphs>();
+  if (model->device().is_cuda() && with_graphs) graphs = std::make_unique<StepGraphs>();
   load_cache();
   batch = std::make_unique<Batch>(manifest, options.max_requests, cache->scratch_row(), model->device());
   if (const auto heads = static_cast<int64_t>(manifest.alignment_heads.size()); heads > 0) {

@@ -1,6 +1,7 @@
 #include "host/zip_directory.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstring>
 #include <string_view>
@@ -60,6 +61,11 @@ Directory find_directory(const InputFile& file) {
   const std::string& path = file.path();
   if (file.size() < kEndSize) {
     throw FileError(path, "the file has " + std::to_string(file.size()) + " bytes: not a zip archive");
+  }
+  std::array<std::byte, 9> head;  // of safetensors: the header's length, and its first character
+  file.read(0, head);
+  if (head[8] == std::byte{'{'}) {
+    throw FileError(path, 0, "a safetensors file, expected a zip archive; `vivace export` makes a model of a checkpoint");
   }
   const uint64_t end_offset = file.size() - kEndSize;
   const auto end = read_block<kEndSize>(file, end_offset, kEndMagic, "the end of the zip directory as the last 22 bytes");

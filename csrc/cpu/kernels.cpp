@@ -39,7 +39,7 @@ struct Available {
       if (std::strcmp(sets[i]->name, name) == 0) return sets[i];
       names += (i == 0 ? "" : ", ") + std::string(sets[i]->name);
     }
-    throw Error("vivace: the environment's VIVACE_CPU is \"" + std::string(name) + "\", expected one of " + names +
+    throw Error("vivace.cpu: the environment's VIVACE_CPU is \"" + std::string(name) + "\", expected one of " + names +
                 " (what this machine runs)");
   }
 };

@@ -20,7 +20,14 @@ int main(int argc, char** argv) {
   const auto logger = spdlog::stderr_color_mt("vivace");
   logger->set_pattern("vivace: %^%v%$");
   spdlog::set_default_logger(logger);
-  if (const char* level = std::getenv("VIVACE_LOG_LEVEL")) spdlog::set_level(spdlog::level::from_str(level));
+  if (const char* name = std::getenv("VIVACE_LOG_LEVEL"); name != nullptr && *name != '\0') {
+    const auto level = spdlog::level::from_str(name);
+    if (level == spdlog::level::off && std::string_view(name) != "off") {  // spdlog's answer to what it does not know
+      spdlog::error("the environment's VIVACE_LOG_LEVEL is \"{}\", expected debug, info, warning, error or off", name);
+      return kUsage;
+    }
+    spdlog::set_level(level);
+  }
 
   CLI::App app(
       "Turns text into the speech tokens of Chatterbox's T3.\n"

@@ -3,17 +3,17 @@
 Both stand on the C++ engine (vivace._C), which is loaded when one of them is first used.
 """
 
-import importlib.machinery
-import importlib.util
 import json
 import os
-import sys
-import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from vivace import extension
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Engine", "GenerationError", "Result", "generate"]
 
@@ -58,8 +58,9 @@ class Engine:
     Args:
         model: file written by `vivace export`.
         tokenizer: tokenizer.json, for requests that give a text; English models.
-        device: "auto", "cpu", "cuda" or "cuda:<index>".
-        dtype: "auto" (as exported), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "cuda:<index>", or a torch.device.
+        dtype: "auto" (as exported), "float32", "bfloat16" or "float16" (in short "fp32", "bf16", "fp16"), or a
+            torch.dtype.
         max_requests: generating at once.
         max_rows: rows of the KV cache; 0: two for each request (guided ones need two).
         capacity: positions of a row: prompt and generated tokens. A request whose row is full ends with "length".
@@ -84,8 +85,8 @@ class Engine:
         model: str | os.PathLike,
         *,
         tokenizer: str | os.PathLike | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: "str | torch.device" = "auto",
+        dtype: "str | torch.dtype" = "auto",
         max_requests: int = 8,
         max_rows: int = 0,
         capacity: int = 2048,
@@ -97,13 +98,15 @@ class Engine:
         warm_up: bool = True,
         verify: bool = True,
     ):
-        extension = _extension()
-        self._tokenizer = None if tokenizer is None else extension.EnTokenizer(os.fspath(tokenizer))
-        engine = extension.Engine(
+        from vivace import library
+
+        module = extension.load()
+        self._tokenizer = None if tokenizer is None else module.EnTokenizer(os.fspath(tokenizer))
+        engine = module.Engine(
             model=os.fspath(model),
-            operators=str(_operators()),
-            device=device,
-            dtype=dtype,
+            operators=str(library.load()),  # the same copy serves Python and the engine: one can be registered once
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
             max_requests=max_requests,
             max_rows=max_rows,
             capacity=capacity,
@@ -191,7 +194,7 @@ class Engine:
             return defaults[name] if given is None else given
 
         return self._engine.submit(
-            text_tokens=list(text_tokens),
+            text_tokens=_ids("submit", text_tokens),
             voice=self._voice(voice),
             temperature=value(temperature, "temperature"),
             top_p=value(top_p, "top_p"),
@@ -245,6 +248,7 @@ class Engine:
 
     def tokenize(self, text: str) -> list[int]:
         """Text token ids without start and stop, of the text as Chatterbox normalises it."""
+        _check_text("Engine", text)
         if self._tokenizer is None:
             raise ValueError("vivace.Engine: a text needs the engine's tokenizer (tokenizer=...), or give text_tokens")
         if self.manifest["variant"] != "english":
@@ -285,8 +289,8 @@ def generate(
     seed: int = 0,
     max_tokens: int = 1000,
     batch: int = 8,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: "str | torch.device" = "auto",
+    dtype: "str | torch.dtype" = "auto",
     threads: int = 0,
     on_tokens: TokenCallback | None = None,
     **sampling: Any,
@@ -296,7 +300,7 @@ def generate(
     Args:
         model: file written by `vivace export`.
         text: one text, or several; several run as a batch with seeds seed, seed + 1, ...
-        text_tokens: token ids instead of `text`, for one text or several.
+        text_tokens: token ids instead of `text`, for one text or several: sequences, tensors or arrays.
         tokenizer: tokenizer.json; needed with `text`.
         voice: voice.safetensors, written by `vivace voice`.
         seed, max_tokens, on_tokens, sampling: as in `Engine.submit`.
@@ -313,21 +317,24 @@ def generate(
     """
     if (text is None) == (text_tokens is None):
         raise ValueError("vivace.generate: expected either text or text_tokens")
-    extension = _extension()
+    module = extension.load()
     if text is not None:
         several = not isinstance(text, str)
-        texts = list(text) if several else [text]
+        texts = list(text) if several and isinstance(text, Iterable) else [text]
+        for one in texts:
+            _check_text("generate", one)
         if tokenizer is None:
             raise ValueError("vivace.generate: text needs tokenizer=tokenizer.json, or give text_tokens")
-        english = extension.EnTokenizer(os.fspath(tokenizer))
+        english = module.EnTokenizer(os.fspath(tokenizer))
         prompts = [english.encode(one) for one in texts]
     else:
-        several = len(text_tokens) > 0 and not isinstance(text_tokens[0], int)
-        prompts = [list(one) for one in text_tokens] if several else [list(text_tokens)]
+        ids = _plain(text_tokens)
+        several = len(ids) > 0 and not isinstance(ids[0], int)
+        prompts = [_ids("generate", one) for one in (ids if several else [ids])]
     if not prompts:
         return []
 
-    manifest = json.loads(extension.manifest_json(os.fspath(model)))
+    manifest = json.loads(module.manifest_json(os.fspath(model)))
     if text is not None and manifest["variant"] != "english":
         raise ValueError(
             "vivace.generate: the model is multilingual: tokenize with Chatterbox's MTLTokenizer and give text_tokens"
@@ -353,66 +360,19 @@ def generate(
     return results if several else results[0]
 
 
-def _operators() -> Path:
-    from vivace import library
-
-    return library.load()  # the same copy serves Python and the engine: an operator can be registered once
-
-
-_lock = threading.Lock()
+def _check_text(where: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"vivace.{where}: a text is of type {type(text).__name__}, expected str")
 
 
-def _extension():
-    """vivace._C, with torch's libraries in the process before it.
-
-    Raises:
-        ImportError: it is missing or was built for another torch; the text names both versions.
-    """
-    with _lock:
-        name = "vivace._C"
-        if name in sys.modules:
-            return sys.modules[name]
-        import torch  # its libraries are what libvivace_host.so is linked to
-
-        path = _find_extension()
-        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-        spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-        try:
-            module = importlib.util.module_from_spec(spec)
-            loader.exec_module(module)
-        except ImportError as error:
-            raise ImportError(
-                f"vivace: {path} does not load with torch {torch.__version__}: {error}. The engine belongs to one "
-                "torch version: reinstall vivace in this environment (pip install --no-build-isolation "
-                "--force-reinstall --no-deps .). The operators (vivace.attention, ...) work without it"
-            ) from None
-        if _minor(module.torch_version) != _minor(torch.__version__):
-            raise ImportError(
-                f"vivace: {path} was built for torch {module.torch_version}, this is torch {torch.__version__}: "
-                "reinstall vivace in this environment. The operators (vivace.attention, ...) work without it"
-            )
-        sys.modules[name] = module
-        return module
+def _plain(tokens: Any) -> list[Any]:
+    """Token ids, or rows of them, out of sequences, torch tensors and numpy arrays."""
+    return [one.tolist() if hasattr(one, "tolist") else one for one in tokens]
 
 
-def _minor(version: str) -> tuple[str, ...]:
-    return tuple(version.split(".")[:2])
-
-
-def _find_extension() -> Path:
-    """$VIVACE_EXTENSION_DIR/_C*.so, else the package's, else the one beside $VIVACE_OPS_LIBRARY (a CMake build)."""
-    directories = [Path(__file__).resolve().parent]
-    if chosen := os.environ.get("VIVACE_EXTENSION_DIR"):
-        directories = [Path(chosen)]
-    elif operators := os.environ.get("VIVACE_OPS_LIBRARY"):
-        directories.append(Path(operators).resolve().parent)
-    for directory in directories:
-        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-            path = directory / f"_C{suffix}"
-            if path.is_file():
-                return path
-    looked = ", ".join(str(directory) for directory in directories)
-    raise ImportError(
-        f"vivace: the engine (_C{importlib.machinery.EXTENSION_SUFFIXES[0]}) is not in {looked}: run `pip install .`, "
-        "or build with -DVIVACE_BUILD_PYTHON=ON. The operators (vivace.attention, ...) work without it"
-    )
+def _ids(where: str, tokens: Any) -> list[int]:
+    ids = _plain(tokens)
+    for one in ids:
+        if not isinstance(one, int):
+            raise TypeError(f"vivace.{where}: text_tokens has a {type(one).__name__}, expected integers")
+    return ids

@@ -3,13 +3,34 @@
 They compute with symbolic sizes only; a C++ Meta kernel would make every length a constant (and a compilation).
 """
 
+import functools
+
 import torch
 
 
 def register() -> None:
     """Registers them all; the operator library must be loaded."""
     for name, function in _FAKES.items():
-        torch.library.register_fake(f"vivace::{name}", function)
+        torch.library.register_fake(f"vivace::{name}", _without_mixtures(name, function))
+
+
+def _without_mixtures(name, function):
+    """A call with one tensor on the meta device ends up here, whatever the others hold, and its result would be taken
+    for theirs."""
+
+    @functools.wraps(function)
+    def fake(*args, **kwargs):
+        names = (a.name for a in getattr(torch.ops.vivace, name).default._schema.arguments)
+        devices = {n: t.device for n, t in (*zip(names, args, strict=False), *kwargs.items()) if torch.is_tensor(t)}
+        (first, device), *others = devices.items()
+        for other, its in others:
+            if (its.type == "meta") != (device.type == "meta"):
+                raise RuntimeError(
+                    f"vivace.{name}: {other} is on {its}, {first} is on {device}; all tensors must be on one device"
+                )
+        return function(*args, **kwargs)
+
+    return fake
 
 
 def _attention(q, k, v, *args, **kwargs):

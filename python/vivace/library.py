@@ -13,6 +13,9 @@ import torch
 MINIMUM_TORCH = (2, 10)
 
 _FILE = "libvivace_ops.so"
+#: Where the wheel puts it.
+INSTALLED = Path(__file__).resolve().parent / "lib" / _FILE
+
 _lock = threading.Lock()
 _loaded: Path | None = None
 _error: str | None = None
@@ -29,7 +32,7 @@ def find() -> Path:
         OperatorLibraryError: there is no such file.
     """
     chosen = os.environ.get("VIVACE_OPS_LIBRARY")
-    path = Path(chosen) if chosen else Path(__file__).resolve().parent / "lib" / _FILE
+    path = Path(chosen) if chosen else INSTALLED
     if not path.is_file():
         where = "named by VIVACE_OPS_LIBRARY" if chosen else "of this installation"
         raise OperatorLibraryError(

@@ -135,6 +135,9 @@ TEST_CASE("files that are no archive are named") {
   const TempFile small("PK"), text(std::string(1000, 'a'));
   CHECK_THROWS_WITH(Archive::open(small.path()), ContainsSubstring("the file has 2 bytes: not a zip archive"));
   CHECK_THROWS_WITH(Archive::open(text.path()), ContainsSubstring("not a zip archive, or damaged"));
+  const TempFile checkpoint(std::string("\x02\0\0\0\0\0\0\0{}", 10) + std::string(1000, '\0'));
+  CHECK_THROWS_WITH(Archive::open(checkpoint.path()),
+                    ContainsSubstring("a safetensors file, expected a zip archive; `vivace export`"));
 }
 
 TEST_CASE("an archive cut anywhere is refused") {

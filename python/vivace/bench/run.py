@@ -110,7 +110,7 @@ class Bench:
             self.arguments.output = path
         if not path.exists():
             return
-        rows = output.parse(path.read_text(encoding="utf-8"), path.suffix.lstrip("."))
+        rows = output.read(path)
         wanted = {self.identity(case) for case in self.cases}
         settings = self.settings()
         for row in rows:

@@ -75,10 +75,10 @@ def announce(choice: Choice, what: str) -> None:
 
 def _loop() -> tuple[str, str | None]:
     """The engine, or where it does not load the loop in Python and why."""
-    from vivace import engine
+    from vivace import extension
 
     try:
-        engine._extension()
+        extension.load()
     except Exception as error:  # ImportError, or whatever a broken library raises
         return "operators", f"the engine does not load: {error}"
     return "engine", None

@@ -40,13 +40,11 @@ def advice(report: dict[str, Any]) -> list[str]:
     elif "is too old" in operators.get("reason", ""):
         lines.append("this torch is too old: pip install 'torch>=2.10'; chatterbox-tts then with --no-deps")
     elif not operators.get("loaded"):
-        lines.append(f"reinstall vivace for this torch: {_REINSTALL}")
+        lines.append(_library_advice(operators))
     elif not operators.get("self_test", {}).get("ok", True):
         lines.append("the self-test failed: please report it with the output of vivace doctor --json")
     elif not report["engine"].get("loaded"):
-        lines.append(
-            f"the C++ engine is not for this torch or Python, and accelerate() uses a loop in Python: {_REINSTALL}"
-        )
+        lines.append(_engine_advice(report["engine"]))
     driver = report["machine"].get("driver", {}) if not failed(report["machine"]) else {}
     if driver.get("installed") and not driver.get("reason") and torch.get("version") and not torch.get("cuda"):
         lines.append("there is an NVIDIA driver, but this torch is built without CUDA: install torch's CUDA build")
@@ -58,3 +56,21 @@ def advice(report: dict[str, Any]) -> list[str]:
         lines.append('transformers: import vivace; vivace.enable("auto") before the model is built')
     lines.extend((report.get("model") or {}).get("advice", ()))
     return lines
+
+
+def _library_advice(operators: dict[str, Any]) -> str:
+    """What to do where the operators do not load: reinstalling mends the installed library, not a chosen one."""
+    chosen = operators.get("chosen")
+    if not chosen:
+        return f"reinstall vivace for this torch: {_REINSTALL}"
+    wrong = f"VIVACE_OPS_LIBRARY names {chosen}, which cannot be used here"
+    if operators.get("installed"):
+        return f"{wrong}: unset VIVACE_OPS_LIBRARY, and {operators['installed']} is used"
+    return f"{wrong}, and none is installed: name a build of the same source, or unset it and install: {_REINSTALL}"
+
+
+def _engine_advice(engine: dict[str, Any]) -> str:
+    without = "accelerate() uses a loop in Python"
+    if chosen := engine.get("chosen"):
+        return f"VIVACE_EXTENSION_DIR names {chosen}, without an engine for this torch and Python ({without}): unset it"
+    return f"the C++ engine is not for this torch or Python, and {without}: {_REINSTALL}"

@@ -146,7 +146,12 @@ def _of_config(name: str) -> dict[str, Any]:
 
     from vivace.policy import choose, default_device, why_not
 
-    config = AutoConfig.from_pretrained(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise OSError(f"there is no such file or folder, and on the Hub: {first_line(error)}") from error
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     answer = _of_transformers(model)

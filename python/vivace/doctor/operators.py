@@ -13,13 +13,19 @@ _SECONDS = 120  # importing torch from a cold disk takes most of it; the test it
 
 
 def operators(self_test: bool) -> dict[str, Any]:
-    """{"loaded": bool, "reason", "path", "build", "self_test"}."""
+    """{"loaded": bool, "reason", "chosen", "installed", "path", "build", "self_test"}.
+
+    chosen: the library that $VIVACE_OPS_LIBRARY names, instead of the one that is `installed` (None: there is none).
+    """
     from vivace import library
 
     reason = library.unavailable_reason()
     found: dict[str, Any] = {"loaded": reason is None}
     if reason is not None:
         found["reason"] = reason
+    if chosen := os.environ.get("VIVACE_OPS_LIBRARY"):
+        found["chosen"] = chosen
+        found["installed"] = str(library.INSTALLED) if library.INSTALLED.is_file() else None
     path = attempt(lambda: str(library.find()))
     if isinstance(path, str):
         found["path"] = path
@@ -55,11 +61,16 @@ def run_self_test() -> dict[str, Any]:
 
 
 def engine() -> dict[str, Any]:
-    """{"loaded": bool, "reason"}: vivace._C, which belongs to one torch version and one Python version."""
-    from vivace import engine as module
+    """{"loaded": bool, "reason", "chosen"}: vivace._C, which belongs to one torch version and one Python version.
 
+    chosen: the folder that $VIVACE_EXTENSION_DIR names.
+    """
+    from vivace import extension
+
+    chosen = os.environ.get("VIVACE_EXTENSION_DIR")
+    found: dict[str, Any] = {"chosen": chosen} if chosen else {}
     try:
-        module._extension()
+        extension.load()
     except Exception as error:
-        return {"loaded": False, "reason": str(error)}
-    return {"loaded": True}
+        return {"loaded": False, "reason": str(error), **found}
+    return {"loaded": True, **found}

@@ -9,6 +9,7 @@ import torch
 from vivace import ops
 from vivace.flash_attn.arguments import backward_mode, check_dtype, pair, softcap_of
 from vivace.flash_attn.probabilities import s_dmask
+from vivace.ops._tensors import draw_rng_state
 from vivace.torch_backward import flash_lse
 
 
@@ -193,7 +194,7 @@ def _dense(
 ):
     check_dtype(function, q)
     window, softcap = pair(window_size), softcap_of(softcap)
-    rng_state = ops._draw_rng_state(q) if dropout_p > 0.0 else None
+    rng_state = draw_rng_state(q) if dropout_p > 0.0 else None
     with backward_mode(deterministic, q, k, v):
         result = ops.attention(
             q,

@@ -4,6 +4,7 @@ from vivace import ops
 from vivace.flash_attn.arguments import backward_mode, check_dtype, pair, softcap_of
 from vivace.flash_attn.functions import _check_packed
 from vivace.flash_attn.probabilities import s_dmask_varlen
+from vivace.ops._tensors import draw_rng_state
 from vivace.torch_backward import flash_lse
 
 
@@ -152,7 +153,7 @@ def _packed(
     check_dtype(function, q)
     window, softcap = pair(window_size), softcap_of(softcap)
     max_seqlen_q, max_seqlen_k = int(max_seqlen_q), int(max_seqlen_k)
-    rng_state = ops._draw_rng_state(q) if dropout_p > 0.0 else None
+    rng_state = draw_rng_state(q) if dropout_p > 0.0 else None
     with backward_mode(deterministic, q, k, v):
         result = ops.attention_varlen(
             q,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vivace.t3.config import T3Config
-from vivace.t3.weights import CheckpointError, first_line, is_safetensors, load_torch
+from vivace.t3.weights import CheckpointError, first_line, is_safetensors, is_torchscript, load_torch
 
 METADATA = {"format": "vivace-voice", "version": "1"}
 SPEAKER = "t3.speaker_emb"
@@ -55,6 +55,8 @@ def write_random_voice(
 def _write(voice: dict[str, Tensor], output: Path) -> None:
     """Whole or not at all, also over the file that the tensors came from, and with the permissions of any new file:
     those of safetensors' save_file (0.8) only their owner may read."""
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"vivace: there is no folder {output.parent} to write {output.name} to")
     with tempfile.TemporaryDirectory(prefix=".vivace-", dir=output.parent) as folder:
         written = Path(folder) / output.name
         written.write_bytes(save(voice, metadata=METADATA))
@@ -70,6 +72,8 @@ def read_voice(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"vivace: voice {path} is not a whole safetensors file ({first_line(error)})"
             ) from error
+    if is_torchscript(path):
+        raise CheckpointError(f"vivace: voice {path} is a TorchScript archive, expected Chatterbox's conds.pt")
     try:
         conds = load_torch(path)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import struct
+import zipfile
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +50,11 @@ class TorchWeights:
     """A file of torch.save with a state dict, or with one under "model". Loaded with weights_only: no code runs."""
 
     def __init__(self, path: Path):
+        if is_torchscript(path):
+            raise CheckpointError(
+                f"vivace: {path} is a TorchScript archive, such as `vivace export` writes: expected the checkpoint "
+                "that it was exported from"
+            )
         try:
             state = load_torch(path)
         except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... for a damaged file
@@ -120,6 +126,15 @@ def is_safetensors(path: Path) -> bool:
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return False
     raise CheckpointError(f"vivace: {path} is neither a safetensors nor a torch file")
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a program with weights, which torch.load would have us trust, and not weights alone."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.split("/", 1)[-1] == "constants.pkl" for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def load_torch(path: Path):

@@ -85,6 +85,6 @@ def test_a_file_that_is_no_run_is_named(capsys, tmp_path):
     path = tmp_path / "run.json"
     path.write_text('{"a": 1}')
     status, text = bench(capsys, "--resume", str(path))
-    assert status == 1 and "no run" in text.err
+    assert status == 1 and f"{path}: the file holds no run" in text.err
     status, text = bench(capsys, "--resume", str(tmp_path / "run.md"))
     assert status == 1 and "ends in none of .csv, .json" in text.err

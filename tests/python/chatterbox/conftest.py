@@ -14,10 +14,10 @@ def loop(request, monkeypatch):
 
 
 def needs_engine():
-    from vivace import engine
+    from vivace import extension
 
     try:
-        engine._extension()
+        extension.load()
     except ImportError as error:
         pytest.skip(f"the engine does not load: {error}")
 

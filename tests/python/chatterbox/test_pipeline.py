@@ -1,7 +1,10 @@
 """Chatterbox's own generate() around an accelerated T3, several texts at once, and tokens as they come."""
 
+import json
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,3 +237,20 @@ def test_what_is_not_accelerated_or_no_pipeline(tts, options, engine):
     with pytest.raises(ValueError, match="chunk is 0"):
         stream_tokens(tts, "a", chunk=0)
     restore(tts)
+
+
+def test_the_documented_way_from_tokens_to_sound(tmp_path, monkeypatch):
+    """docs/cpp.md's, with the recorders in place of Chatterbox's vocoder and watermark."""
+    from chatterbox.tts import ChatterboxTTS
+    from pipelines import make_tts
+
+    page = (Path(__file__).parents[3] / "docs" / "cpp.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "tokens.json" in b)
+    tts = make_tts(tmp_path)
+    monkeypatch.setattr(ChatterboxTTS, "from_pretrained", lambda device: tts)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokens.json").write_text(json.dumps({"tokens": [5, 6561, 7, 8190, 6560]}))
+    found = {}
+    exec(block, found)
+    assert heard(tts) == [[5, 7, 6560]]
+    assert tts.watermarker.calls == 1 and found["wav"].shape == (12,)

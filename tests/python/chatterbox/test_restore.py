@@ -293,17 +293,17 @@ def test_options_that_cannot_be_leave_an_accelerated_model_accelerated(english, 
     ],
 )
 def test_a_fall_back_works_and_says_why_once(tts, monkeypatch, caplog, break_it, loop, reason):
-    from vivace import accelerate, engine, library, policy, restore
+    from vivace import accelerate, extension, library, policy, restore
     from vivace.chatterbox import describe
 
     if break_it == "library":
         monkeypatch.setattr(library, "unavailable_reason", lambda: "another torch")
     else:
 
-        def extension():
+        def load():
             raise ImportError("for torch 9")
 
-        monkeypatch.setattr(engine, "_extension", extension)
+        monkeypatch.setattr(extension, "load", load)
     policy.forget()
     with caplog.at_level(logging.INFO, "vivace"):
         for _ in range(2):

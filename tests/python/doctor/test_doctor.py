@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,18 +87,49 @@ def test_a_model_without_transformers_is_an_answer(tmp_path):
     assert status == 5 and "blocked by the test" in report["model"]["error"]
 
 
-def test_without_the_operator_library(tmp_path):
-    status, report = run_doctor(env={"VIVACE_OPS_LIBRARY": str(tmp_path / "libvivace_ops.so")})
-    assert status == 4
-    assert "does not exist" in report["operators"]["reason"]
-    assert any("reinstall vivace" in line for line in report["advice"])
+def not_a_library(path):
+    path.write_bytes(b"\x7fELF" + b"\0" * 100)
+    return path
 
 
-def test_a_library_that_does_not_load(tmp_path):
-    broken = tmp_path / "libvivace_ops.so"
-    broken.write_bytes(b"\x7fELF" + b"\0" * 100)
-    status, report = run_doctor(env={"VIVACE_OPS_LIBRARY": str(broken)})
-    assert status == 4 and "does not load" in report["operators"]["reason"]
+def another_library(path):
+    """One that loads, and has none of our operators, as a much older version has not all of them."""
+    return shutil.copyfile(next(Path(torch.__file__).parent.glob("lib/libtorch_global_deps.so")), path)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path, "does not exist"),
+        (not_a_library, "does not load"),
+        (another_library, "does not go with this Python package"),
+    ],
+)
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_wrong_library_in_the_environment_is_not_mended_by_installing(tmp_path, make, reason, installed):
+    chosen, ours = make(tmp_path / "libvivace_ops.so"), tmp_path / "installed.so"
+    if installed:
+        ours.touch()
+    before = f"from pathlib import Path\nfrom vivace import library\nlibrary.INSTALLED = Path({str(ours)!r})"
+    status, report = run_doctor(env={"VIVACE_OPS_LIBRARY": str(chosen)}, before=before)
+    assert status == 4 and reason in report["operators"]["reason"]
+    advice = report["advice"][0]
+    assert f"VIVACE_OPS_LIBRARY names {chosen}" in advice and "reinstall vivace" not in advice
+    if installed:
+        assert advice.endswith(f"unset VIVACE_OPS_LIBRARY, and {ours} is used")
+    else:
+        assert "none is installed" in advice and "pip install" in advice
+
+
+@pytest.mark.parametrize("content", [None, b"\x7fELF"])
+def test_a_broken_installation_is_mended_by_installing(tmp_path, content):
+    ours = tmp_path / "libvivace_ops.so"
+    if content is not None:
+        ours.write_bytes(content)
+    before = f"from pathlib import Path\nfrom vivace import library\nlibrary.INSTALLED = Path({str(ours)!r})"
+    status, report = run_doctor(env={"VIVACE_OPS_LIBRARY": ""}, before=before)
+    assert status == 4 and str(ours) in report["operators"]["reason"]
+    assert report["advice"][0].startswith("reinstall vivace for this torch: pip install")
 
 
 def test_an_engine_for_another_torch(tmp_path):
@@ -107,7 +139,14 @@ def test_an_engine_for_another_torch(tmp_path):
     status, report = run_doctor("--no-self-test", env={"VIVACE_EXTENSION_DIR": str(tmp_path)})
     assert status in (0, 3) and report["operators"]["loaded"]
     assert not report["engine"]["loaded"] and "does not load with torch" in report["engine"]["reason"]
-    assert any("the C++ engine is not for this torch" in line for line in report["advice"])
+    assert any(f"VIVACE_EXTENSION_DIR names {tmp_path}" in line for line in report["advice"])
+
+
+def test_a_broken_engine_is_mended_by_installing():
+    before = "from vivace import extension\ndef find():\n    raise ImportError('none')\nextension.find = find"
+    status, report = run_doctor("--no-self-test", env={"VIVACE_EXTENSION_DIR": ""}, before=before)
+    assert status in (0, 3) and not report["engine"]["loaded"]
+    assert any("the C++ engine is not for this torch or Python" in line for line in report["advice"])
 
 
 def test_a_broken_driver():
@@ -229,6 +268,8 @@ def test_what_is_no_model_is_an_answer(tmp_path, content):
     for name in ("x.vivace", "x.safetensors"):
         (tmp_path / name).write_bytes(content)
         assert examine(tmp_path / name)["error"]
+    pytest.importorskip("transformers")
+    assert "no such file or folder" in examine(str(tmp_path / "nowhere"))["error"]
     assert "neither a torch module" in examine(object())["error"]
     assert "no attention layer" in examine(torch.nn.Linear(2, 2))["error"]
 

@@ -5,9 +5,11 @@ import sys
 import threading
 
 import pytest
+import torch
 
 import vivace
-from vivace import engine as engine_module
+from vivace import extension as extension_module
+from vivace.engine import GenerationError
 
 TEXT = "Hello there, this is a test."
 
@@ -15,7 +17,7 @@ TEXT = "Hello there, this is a test."
 @pytest.fixture(scope="module")
 def extension():
     try:
-        return engine_module._extension()
+        return extension_module.load()
     except ImportError as error:
         pytest.skip(str(error))
 
@@ -67,7 +69,7 @@ def test_a_callback_that_raises_fails_its_request(engine, assets):
     def on_tokens(*_):
         raise KeyError("lost")
 
-    with pytest.raises(engine_module.GenerationError, match="KeyError"):
+    with pytest.raises(GenerationError, match="KeyError"):
         engine.wait(engine.submit(TEXT, voice=assets.voice, max_tokens=20, on_tokens=on_tokens))
     assert len(engine.wait(engine.submit(TEXT, voice=assets.voice, max_tokens=3)).tokens) <= 3
 
@@ -109,6 +111,30 @@ def test_errors_are_python_exceptions_that_name_the_argument(extension, engine, 
         closed.stats()
 
 
+def test_texts_and_token_ids_of_other_types(engine, assets):
+    ids = engine.tokenize(TEXT)
+
+    def tokens(given):
+        return engine.wait(engine.submit(text_tokens=given, voice=assets.voice, max_tokens=5)).tokens
+
+    expected = tokens(ids)
+    assert tokens(torch.tensor(ids)) == tokens(tuple(ids)) == expected
+    options = {"voice": assets.voice, "max_tokens": 5, "device": torch.device("cpu"), "dtype": torch.float32}
+    assert vivace.generate(assets.model, text_tokens=torch.tensor(ids), **options).tokens == expected
+    several = vivace.generate(assets.model, text_tokens=[torch.tensor(ids), ids[:2]], **options)
+    assert [len(several), several[0].tokens] == [2, expected]
+    for given in ([ids], torch.tensor([ids]), ["a"], [1.5]):
+        with pytest.raises(TypeError, match=r"vivace\.submit: text_tokens has a (list|str|float), expected integers"):
+            tokens(given)
+    for text in (5, b"bytes", None):
+        with pytest.raises(TypeError, match=r"a text is of type (int|bytes|NoneType), expected str"):
+            engine.tokenize(text)
+        with pytest.raises(TypeError, match=r"a text is of type (int|bytes|NoneType), expected str"):
+            vivace.generate(assets.model, [text], tokenizer=assets.tokenizer, voice=assets.voice)
+    with pytest.raises(TypeError, match="a text is of type int, expected str"):
+        vivace.generate(assets.model, 5, tokenizer=assets.tokenizer, voice=assets.voice)
+
+
 def test_a_full_cache_row_ends_its_request_with_the_reason(engine, assets):
     result = engine.wait(
         engine.submit(TEXT, voice=assets.voice, temperature=100.0, min_p=0.0, max_tokens=4000, ignore_stop=True)
@@ -137,8 +163,6 @@ def test_a_voice_may_be_made_from_its_parts(engine, assets):
 
 
 def test_a_torch_generator_goes_on_from_the_state_it_is_given(engine, assets):
-    import torch
-
     def tokens(**options):
         return engine.wait(engine.submit(TEXT, voice=assets.voice, rng="torch", max_tokens=12, **options)).tokens
 
@@ -183,16 +207,14 @@ print("submitted")
 
 
 def test_an_extension_for_another_torch_is_refused_with_both_versions(extension, monkeypatch):
-    import torch
-
     monkeypatch.delitem(sys.modules, "vivace._C")
     monkeypatch.setattr(torch, "__version__", "9.9.0")
     with pytest.raises(ImportError, match=r"was built for torch 2\..*this is torch 9\.9\.0"):
-        engine_module._extension()
+        extension_module.load()
 
 
 def test_a_missing_extension_is_an_import_error_that_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("VIVACE_EXTENSION_DIR", str(tmp_path))
     monkeypatch.delitem(sys.modules, "vivace._C", raising=False)
     with pytest.raises(ImportError, match="pip install"):
-        engine_module._extension()
+        extension_module.load()

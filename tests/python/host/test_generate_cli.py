@@ -218,6 +218,25 @@ def test_wrong_usage_is_status_2(generate, vivace):
     assert vivace("export").returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected", "status"),
+    [
+        ("VIVACE_CUDA_GRAPHS", "off", "expected 0 or 1", 1),
+        ("VIVACE_FUSED_STEP", "2", "expected 0 or 1", 1),
+        ("VIVACE_LOG_LEVEL", "loud", "expected debug, info, warning, error or off", 2),
+        ("VIVACE_CPU", "sse", "expected one of baseline", 1),
+    ],
+)
+def test_a_variable_of_the_environment_that_means_nothing_is_an_error(generate, name, value, expected, status):
+    done = generate("--text", "Hi", "--max-tokens", "2", env={name: value})
+    assert done.returncode == status
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("vivace") and "vivace: vivace" not in last
+    assert f'the environment\'s {name} is "{value}", {expected}' in last
+    for fine in ("", "1") if expected == "expected 0 or 1" else ("",):
+        assert generate("--text", "Hi", "--max-tokens", "2", env={name: fine}).returncode == 0
+
+
 def test_info_shows_the_manifest_and_the_machine(vivace, assets):
     done = vivace("info", assets.model, "--json", "--verify")
     assert done.returncode == 0, done.stderr

@@ -63,3 +63,43 @@ def test_attention_with_kvcache_is_seen_by_modes_as_its_overload():
     with Mode():
         ops.attention_with_kvcache(q, *caches, *new, cache_seqlens=lengths)
     assert OPS.attention_with_kvcache.default in seen
+
+
+@pytest.mark.parametrize("window", [5, None, (1,), (1, 2, 3)])
+def test_a_window_that_is_no_pair_is_named(window):
+    q = torch.randn(1, 4, 2, 32)
+    offsets = torch.tensor([0, 4], dtype=torch.int32)
+    for call in (
+        lambda: ops.attention(q, q, q, window_size=window),
+        lambda: ops.attention_varlen(q[0], q[0], q[0], offsets, offsets, 4, 4, window_size=window),
+        lambda: ops.attention_with_kvcache(q, q, q, window_size=window),
+        lambda: ops.attention_with_kvcache(q, q, q, window_size=window, softcap=1.0),
+    ):
+        with pytest.raises(ValueError, match=r"vivace\.attention\w*: window_size is .*, expected a pair"):
+            call()
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0], 3])
+@pytest.mark.parametrize("at", ["q", "k", "v"])
+def test_an_argument_that_is_no_tensor_is_named(at, wrong):
+    arguments = {name: torch.randn(1, 4, 2, 32) for name in "qkv"} | {at: wrong}
+    with pytest.raises(TypeError, match=rf"vivace\.attention: {at} is of type \w+, expected a tensor"):
+        ops.attention(**arguments)
+
+
+def test_a_tensor_without_data_among_others_is_an_error():
+    """And not a result that nobody has computed."""
+    q, offsets = torch.randn(1, 4, 2, 32), torch.tensor([0, 4], dtype=torch.int32)
+    meta = q.to("meta")
+    for call, named in (
+        (lambda: ops.attention(q, meta, q), "attention: k"),
+        (lambda: ops.attention(q, q, q, sinks=torch.zeros(2, device="meta")), "attention: sinks"),
+        (lambda: ops.attention_varlen(q[0], q[0], meta[0], offsets, offsets, 4, 4), "attention_varlen: v"),
+        (lambda: ops.attention_with_kvcache(q, q, meta), "attention_with_kvcache: v_cache"),
+        (lambda: ops.rms_norm(q, torch.ones(32, device="meta")), "rms_norm: weight"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"vivace\.{named} is on meta, \w+ is on cpu; all"):
+            call()
+    with pytest.raises(RuntimeError, match=r"vivace\.attention: k is on cpu, q is on meta"):
+        ops.attention(meta, q, q)
+    assert ops.attention(meta, meta, meta).is_meta

@@ -51,9 +51,10 @@ def test_failures_are_one_line_and_status_1(tmp_path, capsys):
         (["export", "--random", "--assets", str(tmp_path / "x" / "y"), "--checkpoint", "a"], None),
         (["voice", "missing.pt"], "No such file"),
         (["voice"], "expected either a voice file or --random"),
+        (["voice", "--random", "-o", str(tmp_path / "x" / "out")], "there is no folder"),
     ]
     for command, message in cases:
-        command = [*command, "-o", str(tmp_path / "out")]
+        command = [*command, *([] if "-o" in command else ["-o", str(tmp_path / "out")])]
         if message is None:
             with pytest.raises(SystemExit) as end:
                 cli.main(command)

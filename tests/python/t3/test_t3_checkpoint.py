@@ -2,6 +2,7 @@
 
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -125,6 +126,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, state):
         path.write_bytes(contents)
         with pytest.raises(t3.CheckpointError, match=r"not a whole torch file|neither a safetensors nor a torch file"):
             t3.open_weights(path)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with warnings.catch_warnings(), pytest.raises(t3.CheckpointError, match="is a TorchScript archive") as refused:
+        warnings.simplefilter("error")
+        t3.open_weights(path)
+    assert "weights_only" not in str(refused.value)
     torch.save([1, 2], path)
     with pytest.raises(t3.CheckpointError, match="no state dict"):
         t3.open_weights(path)

@@ -102,6 +102,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-3000])
     with pytest.raises(t3.CheckpointError, match="not a whole torch file"):
         t3.convert_voice(path, output)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(t3.CheckpointError, match="is a TorchScript archive, expected Chatterbox's conds"):
+        t3.convert_voice(path, output)
     torch.save({"state": 1}, path)
     with pytest.raises(t3.CheckpointError, match="has no 't3' conditionals"):
         t3.convert_voice(path, output)
