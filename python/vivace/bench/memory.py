@@ -82,11 +82,13 @@ class Watch:
 
     def start(self, pid: int) -> None:
         def look():
-            while not self.ended.wait(PERIOD):
+            while True:  # once in any case, however short the process
                 self.ram.append(resident(pid))
                 if self.used:
                     with contextlib.suppress(OSError):
                         self.gpu.append(self.used() - self.before)
+                if self.ended.wait(PERIOD):
+                    break
 
         self.thread = threading.Thread(target=look, daemon=True)
         self.thread.start()

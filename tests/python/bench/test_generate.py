@@ -92,6 +92,7 @@ def test_memory_is_held_against_the_plan_and_the_aim(fake, bench, monkeypatch):
     fake()
     readings = iter([0, 0, 0])  # before the process: settled, then the base; 1 GiB from then on
     monkeypatch.setattr(generate.memory, "gpu_memory", lambda device: lambda: next(readings, 2**30))
+    monkeypatch.setattr(generate.memory, "PERIOD", 60)  # one look there must be, however short the process
     row = bench("--batch", "3", "--max-tokens", "50", "-r", "1")[1][0]
     held = row["cache_bytes"]
     assert row["vram_peak_gib"] == 1.0 and held == 6 * row["positions"] * row["kv_bytes_per_token"]
