@@ -176,14 +176,18 @@ bool chain_supported([[maybe_unused]] const StepParams& p) {
 #endif
 }
 
-size_t persistent_bytes([[maybe_unused]] const StepParams& p) {
-#ifdef VIVACE_STEP_PERSISTENT
-  // Asked for one row and no probes: whether this very step runs there does not move the chain's part.
+/// One row and no probes: whether a step itself runs on a family does not move the parts behind that family's.
+[[maybe_unused]] StepParams one_row(const StepParams& p) {
   StepParams one = p;
   one.rows = one.requests = 1;
   one.probes = nullptr;
-  if (!step_persistent_supported(one)) return 0;
-  return region(step_persistent_workspace(one));
+  return one;
+}
+
+size_t persistent_bytes([[maybe_unused]] const StepParams& p) {
+#ifdef VIVACE_STEP_PERSISTENT
+  const StepParams one = one_row(p);
+  return step_persistent_supported(one) ? region(step_persistent_workspace(one)) : 0;
 #else
   return 0;
 #endif
@@ -199,10 +203,7 @@ size_t split_bytes([[maybe_unused]] const StepParams& p) {
 
 size_t mesh_bytes([[maybe_unused]] const StepParams& p) {
 #ifdef VIVACE_STEP_MESH
-  // As for the persistent kernel.
-  StepParams one = p;
-  one.rows = one.requests = 1;
-  one.probes = nullptr;
+  const StepParams one = one_row(p);
   return step_mesh_supported(one) ? region(step_mesh_workspace(one)) : 0;
 #else
   return 0;

@@ -21,20 +21,14 @@ namespace vivace::sm90 {
 inline bool encode_map(CUtensorMap& map, DType dtype, const void* data, const int64_t (&stride)[3], int64_t batch,
                        int64_t rows, int64_t heads, int64_t head_dim, int box_rows) {
   // The stride of a dimension of size 1 is arbitrary for the caller, but not for the engine.
-  auto bytes = [](int64_t elements, int64_t size) { return static_cast<cuuint64_t>(size == 1 ? 16 : elements * 2); };
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(head_dim), static_cast<cuuint64_t>(rows),
-                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
-  const cuuint64_t strides[3] = {bytes(stride[1], rows), bytes(stride[2], heads), bytes(stride[0], batch)};
-  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t element_strides[4] = {1, 1, 1, 1};
-  for (const cuuint64_t s : strides) {
-    if (s % 16 != 0 || s == 0 || s >= (cuuint64_t{1} << 40)) return false;
+  auto bytes = [](int64_t elements, int64_t size) { return size == 1 ? 16 : elements * 2; };
+  const int64_t strides[3] = {bytes(stride[1], rows), bytes(stride[2], heads), bytes(stride[0], batch)};
+  for (const int64_t s : strides) {
+    if (s % 16 != 0 || s <= 0 || s >= (int64_t{1} << 40)) return false;
   }
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return false;
-  return encode_tiled()(&map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                        4, const_cast<void*>(data), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode_tensor_map(map, dtype, data, {head_dim, rows, heads, batch}, {strides[0], strides[1], strides[2]},
+                           {64, box_rows, 1, 1});
 }
 
 template <typename Traits>

@@ -94,6 +94,15 @@ struct Wgmma;
 #define VIVACE_REGISTERS_128 VIVACE_REGISTERS_120 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define VIVACE_OUTPUTS_128 VIVACE_OUTPUTS_120, VIVACE_OUTPUTS_OF_8(120)
 
+// Wgmma<T, n>'s functions with A in registers: B transposed (its columns contiguous), or not. Arguments as below.
+#define VIVACE_WGMMA_RS(name, transposed, type, n, r, a0, a1, a2, a3, a4, a5)                                            \
+  static __device__ __forceinline__ void name(float(&d)[r], const uint32_t(&a)[4], uint64_t b, bool accumulate) {        \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type     \
+                 "." type " {" VIVACE_REGISTERS_##r "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " a4 ", p, 1, 1, " #transposed \
+                                                    ";\n}\n"                                                             \
+                 : VIVACE_OUTPUTS_##r                                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));               \
+  }
 // n columns in r = n / 2 registers; a0 to a5: "%r" to "%(r + 5)", the operands after them.
 #define VIVACE_WGMMA(T, type, n, r, a0, a1, a2, a3, a4, a5)                                                            \
   template <>                                                                                                          \
@@ -104,18 +113,8 @@ struct Wgmma;
                    : VIVACE_OUTPUTS_##r                                                                                \
                    : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                               \
     }                                                                                                                  \
-    static __device__ __forceinline__ void rs(float (&d)[r], const uint32_t (&a)[4], uint64_t b, bool accumulate) {    \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
-                   "." type " {" VIVACE_REGISTERS_##r "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " a4 ", p, 1, 1, 1;\n}\n"  \
-                   : VIVACE_OUTPUTS_##r                                                                                \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));           \
-    }                                                                                                                  \
-    static __device__ __forceinline__ void rs_k(float (&d)[r], const uint32_t (&a)[4], uint64_t b, bool accumulate) {  \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " a5 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
-                   "." type " {" VIVACE_REGISTERS_##r "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " a4 ", p, 1, 1, 0;\n}\n"  \
-                   : VIVACE_OUTPUTS_##r                                                                                \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));           \
-    }                                                                                                                  \
+    VIVACE_WGMMA_RS(rs, 1, type, n, r, a0, a1, a2, a3, a4, a5)                                                         \
+    VIVACE_WGMMA_RS(rs_k, 0, type, n, r, a0, a1, a2, a3, a4, a5)                                                       \
   };
 #define VIVACE_WGMMA_TYPES(...)                    \
   VIVACE_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__) \

@@ -102,15 +102,7 @@ bool linear_sm90_supports(Matrix matrix, int64_t features, int64_t k) {
 
 bool linear_sm90_map(CUtensorMap& map, DType dtype, const void* data, int64_t rows, int64_t columns, int box_rows) {
   if (sm90::encode_tiled() == nullptr || !is_aligned_16(data)) return false;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns * 2)};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t element_strides[2] = {1, 1};
-  return sm90::encode_tiled()(&map,
-                              dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                              2, const_cast<void*>(data), sizes, strides, box, element_strides,
-                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return sm90::encode_tensor_map(map, dtype, data, {columns, rows}, {columns * 2}, {64, box_rows});
 }
 
 cudaError_t linear_sm90(Matrix matrix, DType dtype, const LinearArgs& args, const CUtensorMap& weight, const CUtensorMap& x,

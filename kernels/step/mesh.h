@@ -27,6 +27,11 @@ inline constexpr int kWarps = 8, kConsumers = 32 * kWarps, kThreads = kConsumers
 inline constexpr int kConsumerRegisters = 224, kStreamRegisters = 56;
 /// The ring of weights, keys and values.
 inline constexpr int kStages = 12, kStageBytes = 16 * 1024;
+/// Stages that are loaded at a time, in attention and outside. In attention a warp waits for every 8th stage alone. What its
+/// slot held before must have landed by then, or the parity would mislead: copies overtake each other, but not by more than
+/// the ring has beyond those 8.
+inline constexpr int kInFlightAttention = 3, kInFlightProducts = 1;
+static_assert(kInFlightAttention <= kStages - kWarps && kInFlightProducts <= kInFlightAttention);
 /// Rows that a CTA attends at most.
 inline constexpr int kUnits = kMaxRows / kBlocks;
 
@@ -45,9 +50,9 @@ struct Layout {
 
 struct Args {
   StepParams p;
-  CUtensorMap qkv, out, gate_up, down, head;                // see mesh.cu
-  CUtensorMap keys[8], values[8];                           // boxes of 8 (i + 1) positions of a head
-  int32_t in_flight_attention = 3, in_flight_products = 1;  // stages that are loaded at a time
+  CUtensorMap qkv, out, gate_up, down, head;  // see mesh.cu
+  CUtensorMap keys[8], values[8];             // boxes of 8 (i + 1) positions of a head
+  int32_t in_flight_attention = kInFlightAttention, in_flight_products = kInFlightProducts;
 };
 
 }  // namespace vivace::mesh

@@ -55,17 +55,13 @@ class Attention {
     float max = -INFINITY, sum = 0.0f, out[4][4] = {};
   };
   static_assert(kUnits <= kWarps && sizeof(Shared::halves) >= kUnits * kWarps * kDim * 4);
-  static_assert(sizeof(Shared::scratch) >= kUnits * kWarps * sizeof(float2));
 
   __device__ __forceinline__ const uint32_t* words(int u, int which) const {
     return reinterpret_cast<const uint32_t*>(c_.shared.fresh[u][which]);
   }
-  /// Outputs (64) of a part of a unit; its maximum and sum.
+  /// Outputs (64) of a part of a unit; shared.bounds has its maximum and sum.
   __device__ __forceinline__ float* output(int u, int part) const {
     return reinterpret_cast<float*>(c_.shared.halves) + (u * kWarps + part) * kDim;
-  }
-  __device__ __forceinline__ float2* bounds(int u, int part) const {
-    return reinterpret_cast<float2*>(c_.shared.scratch) + u * kWarps + part;
   }
 
   /// Of the step's own key, -inf without.
@@ -160,7 +156,7 @@ class Attention {
     }
 #pragma unroll
     for (int distance = 4; distance <= 16; distance *= 2) state.sum += __shfl_xor_sync(~0u, state.sum, distance);
-    if (lane_ == 0) *bounds(u, part) = make_float2(state.max, state.sum);
+    if (lane_ == 0) c_.shared.bounds[u][part] = make_float2(state.max, state.sum);
   }
 
   /// Of all its parts, and the step's own key and value, the unit's attention: published.
@@ -170,7 +166,7 @@ class Attention {
     float largest = newest;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      bound[w] = w < count ? *bounds(u, w) : make_float2(-INFINITY, 0.0f);
+      bound[w] = w < count ? c_.shared.bounds[u][w] : make_float2(-INFINITY, 0.0f);
       part[w] = w < count ? reinterpret_cast<const float2*>(output(u, w))[lane_] : make_float2(0.0f, 0.0f);
       largest = fmaxf(largest, bound[w].x);
     }
@@ -195,7 +191,7 @@ class Attention {
       x[2 * i] = __shfl_sync(~0u, lo, from_lane);
       x[2 * i + 1] = __shfl_sync(~0u, hi, from_lane);
     }
-    if (lane_ < 8) store_relaxed(c_.template attention<T>(unit.row) + 8 * lane_, vector_of<T>(x, phase_of(layer)));
+    if (lane_ < 8) step::store_b128(c_.template attention<T>(unit.row) + 8 * lane_, vector_of<T>(x, phase_of(layer)));
   }
 
   const Cta& c_;

@@ -8,10 +8,9 @@ namespace vivace::mesh {
 /// Deals the rows to the 8 CTAs of a group, all of which come to the same: longest first, 8 in a round, of which the longer
 /// ones go to those who have less so far. By all threads; the result is there after the next __syncthreads.
 __device__ __forceinline__ void deal(const Cta& c) {
-  static_assert(kMaxRows <= kThreads && kMaxRows <= sizeof(Shared::scratch) / 4);
+  static_assert(kMaxRows <= kThreads);
   const int t = static_cast<int>(threadIdx.x);
-  int32_t* sorted = reinterpret_cast<int32_t*>(c.shared.scratch);
-  if (t < c.rows) c.shared.lengths[t] = c.old_keys(t);
+  if (t < c.rows) c.shared.lengths[t] = step::old_keys(c.args.p, t);
   __syncthreads();
   if (t < c.rows) {
     const int mine = c.shared.lengths[t];
@@ -20,7 +19,7 @@ __device__ __forceinline__ void deal(const Cta& c) {
       const int other = c.shared.lengths[r];
       rank += other > mine || (other == mine && r < t) ? 1 : 0;
     }
-    sorted[rank] = t;
+    c.shared.sorted[rank] = t;
   }
   __syncthreads();
   if (t >= 32) return;
@@ -34,10 +33,11 @@ __device__ __forceinline__ void deal(const Cta& c) {
       place += other < load || (other == load && b < block) ? 1 : 0;
     }
     if (place >= c.rows) continue;
-    const int row = sorted[place];
+    const int row = c.shared.sorted[place];
     load += c.shared.lengths[row];
     if (t == c.block) {
-      c.shared.units[units] = {row, max(0, c.args.p.cache_batch_idx[row]), c.shared.lengths[row], c.newest(row)};
+      c.shared.units[units] = {row, max(0, c.args.p.cache_batch_idx[row]), c.shared.lengths[row],
+                               step::newest_key(c.args.p, row)};
     }
     ++units;
   }

@@ -17,8 +17,7 @@ class Fresh {
     if (warp_ >= c_.shared.unit_count) return;
     const StepParams& p = c_.args.p;
     const int row = c_.shared.units[warp_].row;
-    const int64_t last = p.rotary_positions - 1, n = p.cache_seqlens[row];
-    const int64_t at = (n < 0 ? 0 : n < last ? n : last) * (kDim / 2) + lane_;
+    const int64_t at = clamp_index(p.cache_seqlens[row], p.rotary_positions) * (kDim / 2) + lane_;
     const bool fp32 = p.rotary_dtype == DType::kFloat32;
     c_.shared.rotary[warp_][0][lane_] =
         fp32 ? static_cast<const float*>(p.rotary_cos)[at] : to_float(static_cast<const T*>(p.rotary_cos)[at]);
@@ -47,34 +46,19 @@ class Fresh {
     const uint8_t* from =
         c_.at<uint8_t>(Layout::fresh) + (c_.group * kMaxRows + unit.row) * kBlocks * kPitch + group_ * 128 + lane_ % 4 * 16;
     const uint32_t phase = phase_of(layer);
-    uint4 part[kBlocks][2], squares;
+    Parts<kBlocks> parts;
+    uint4 squares;
     uint32_t wrong;
     step::Watchdog<kTurns> watchdog;
     do {
       watchdog.check();
-      wrong = 0;
-#pragma unroll
-      for (int s = 0; s < kBlocks; ++s) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) part[s][h] = load_relaxed(from + s * kPitch + 64 * h);
-      }
-      squares = load_relaxed(squares_of(c_, unit.row, lane_));
-      if (layer > 0) wrong = wrong_phase(squares, kLastPhase);
-#pragma unroll
-      for (int s = 0; s < kBlocks; ++s) wrong |= (part[s][0].x ^ phase) | (part[s][1].x ^ phase);
+      parts.load(from, kPitch);
+      squares = step::load_b128(squares_of(c_, unit.row, lane_));
+      wrong = (layer > 0 ? wrong_phase(squares, kLastPhase) : 0) | parts.wrong(phase);
     } while (__any_sync(~0u, wrong & 1));
     const float scale = layer == 0 ? c_.shared.first_inverse[warp_] : inverse_rms(squares, c_.args.p.eps);
     float x[8];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int s = 0; s < kBlocks; ++s) {
-        const uint4 v = part[s][h];
-        const float f[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[4 * h + i] = s == 0 ? f[i] : x[4 * h + i] + f[i];
-      }
-    }
+    parts.add_up(x);
     const int half = group_ % 2, matrix = group_ / 2;
     const float(&rotary)[2][kDim / 2] = c_.shared.rotary[warp_];
 #pragma unroll

@@ -31,7 +31,8 @@ struct Shared {
   float4 halves[4][kConsumers];       // half of a thread's sums over half of the columns, for the other warpgroup
   uint16_t fresh[kUnits][3][kDim];    // q, k, v of the step, rotated, in T; columns in their natural order
   float rotary[kUnits][2][kDim / 2];  // cosines and sines
-  float scratch[2048];                // attention's
+  float2 bounds[kUnits][kWarps];      // attention's maxima and sums
+  int32_t sorted[kMaxRows];           // rows, longest first
   Unit units[kUnits];
   float first_inverse[kUnits];  // 1 / rms of what a row begins with
   int32_t lengths[kMaxRows];
@@ -92,24 +93,13 @@ struct Cta {
   __device__ __forceinline__ void hurry(bool on) const { atomicExch(&shared.hurries, on ? 1 : 0); }
   __device__ __forceinline__ bool hurries() const { return atomicOr(&shared.hurries, 0) != 0; }
 
-  /// Keys of a row that were there before the step.
-  __device__ __forceinline__ int old_keys(int row) const {
-    if (args.p.cache_batch_idx[row] < 0) return 0;
-    return max(0, min(args.p.cache_seqlens[row], static_cast<int>(args.p.capacity)));
-  }
-  /// Where the step's key goes; -1: nowhere.
-  __device__ __forceinline__ int newest(int row) const {
-    const int n = args.p.cache_seqlens[row];
-    return args.p.cache_batch_idx[row] >= 0 && n >= 0 && n < args.p.capacity ? n : -1;
-  }
-
   /// Waits until the stage is there; all lanes. Every warp waits for and releases every stage, whether it uses it or not.
   __device__ __forceinline__ uint8_t* wait(const Position& at) const {
     step::barrier_wait<kTurns>(&shared.full[at.slot], at.parity);
     return ring + at.slot * kStageBytes;
   }
   /// This warp has read the stage; one lane.
-  __device__ __forceinline__ void release(const Position& at) const { barrier_arrive(&shared.empty[at.slot]); }
+  __device__ __forceinline__ void release(const Position& at) const { sm90::barrier_arrive(&shared.empty[at.slot]); }
 };
 
 }  // namespace vivace::mesh

@@ -80,7 +80,7 @@ class Products {
     const int row = row_ + 32 * half_;
     if (row < c_.rows) {
       T* to = c_.at<T>(Layout::gated) + (c_.group * kMaxRows + row) * kMiddle + kShare * c_.block + lane_ % 4 * 8;
-      store_relaxed(to, vector_of<T>(gated, phase_of(layer)));
+      step::store_b128(to, vector_of<T>(gated, phase_of(layer)));
     }
     __syncwarp();
   }
@@ -134,6 +134,21 @@ class Products {
     const uint32_t low = sm90::wgmma_descriptor_low(weights, 0);
     sm90::Wgmma<T, kN>::rs_k(sum, {a[0].x, a[1].x, a[0].y, a[1].y}, sm90::wgmma_descriptor_of(low), true);
     sm90::Wgmma<T, kN>::rs_k(sum, {a[0].z, a[1].z, a[0].w, a[1].w}, sm90::wgmma_descriptor_of(low + 2), true);
+  }
+
+  /// Starts sum += A times 64 features, over the next stages, one for each two groups of columns: the half of each that is
+  /// the warpgroup's, 64 columns.
+  template <int kOperands>
+  __device__ __forceinline__ void start(float (&sum)[32], const Operand<kOperands>& a, Position at) const {
+#pragma unroll
+    for (int s = 0; s < kOperands / 2; ++s) {
+      const uint8_t* stage = c_.wait(at) + half_ * 8192;
+      at.next();
+      sm90::wgmma_fence();
+      multiply<64>(sum, a.v[2 * s], stage);
+      multiply<64>(sum, a.v[2 * s + 1], stage + 64);
+    }
+    sm90::wgmma_commit();
   }
 
   /// The products under way, which read the next `stages` stages, are complete.
@@ -195,11 +210,11 @@ class Products {
       wrong = 0;
       if (row_ < c_.rows) {
 #pragma unroll
-        for (int g = 0; g < kCount; ++g) a.v[g][0] = load_relaxed(first + 64 * g);
+        for (int g = 0; g < kCount; ++g) a.v[g][0] = step::load_b128(first + 64 * g);
       }
       if (row_ + 32 < c_.rows) {
 #pragma unroll
-        for (int g = 0; g < kCount; ++g) a.v[g][1] = load_relaxed(second + 64 * g);
+        for (int g = 0; g < kCount; ++g) a.v[g][1] = step::load_b128(second + 64 * g);
 #pragma unroll
         for (int g = 0; g < kCount; ++g) wrong |= a.v[g][1].x ^ phase;
       }
@@ -223,7 +238,7 @@ class Products {
     step::Watchdog<kTurns> watchdog;
     do {
       watchdog.check();
-      v = load_relaxed(from);
+      v = step::load_b128(from);
     } while (__any_sync(~0u, wrong_phase(v, phase) & 1));
     return inverse_rms(v, c_.args.p.eps);
   }
@@ -235,16 +250,7 @@ class Products {
                                                 Meanwhile&& meanwhile) const {
     float sum[32];
     clear(sum);
-    Position at = ring;
-#pragma unroll
-    for (int s = 0; s < kHidden / 128; ++s) {
-      const uint8_t* stage = c_.wait(at) + half_ * 8192;
-      at.next();
-      sm90::wgmma_fence();
-      multiply<64>(sum, a.v[2 * s], stage);
-      multiply<64>(sum, a.v[2 * s + 1], stage + 64);
-    }
-    sm90::wgmma_commit();
+    start(sum, a, ring);
     meanwhile();
     finish(ring, kHidden / 128);
     sm90::wgmma_hold(sum);
@@ -272,16 +278,7 @@ class Products {
   __device__ __forceinline__ void share(const Operand<2 * kCount>& a, Position& ring, uint32_t phase) const {
     float sum[32];
     clear(sum);
-    Position at = ring;
-#pragma unroll
-    for (int s = 0; s < kCount; ++s) {
-      const uint8_t* stage = c_.wait(at) + half_ * 8192;
-      at.next();
-      sm90::wgmma_fence();
-      multiply<64>(sum, a.v[2 * s], stage);
-      multiply<64>(sum, a.v[2 * s + 1], stage + 64);
-    }
-    sm90::wgmma_commit();
+    start(sum, a, ring);
     finish(ring, kCount);
     sm90::wgmma_hold(sum);
     constexpr int kPitch = kGroups * kColumns * 4;
@@ -299,7 +296,7 @@ class Products {
 #pragma unroll
       for (int i = 0; i < kCount / 8; ++i) {  // 16 columns
         const float* x = sum + 8 * i + 2 * r;
-        store_relaxed(to + 64 * i, vector_of(x[0], x[1], x[4], x[5], phase));
+        step::store_b128(to + 64 * i, vector_of(x[0], x[1], x[4], x[5], phase));
       }
     }
     __syncwarp();

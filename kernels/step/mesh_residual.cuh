@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/step/mesh_vector.cuh"
+#include "kernels/step/table.cuh"
 
 namespace vivace::mesh {
 
@@ -18,10 +19,9 @@ struct Embedding {
 
   __device__ __forceinline__ Embedding(const Cta& c, int row) {
     const StepParams& p = c.args.p;
-    const auto clamp = [](int64_t i, int64_t size) { return i < 0 ? int64_t{0} : i < size ? i : size - 1; };
-    const int64_t request = clamp(p.row_request[row], p.requests);
-    token = static_cast<const T*>(p.speech_emb) + clamp(p.tokens[request], p.speech_tokens) * kHidden;
-    position = static_cast<const T*>(p.speech_pos_emb) + clamp(p.positions[request], p.speech_positions) * kHidden;
+    const int64_t request = clamp_index(p.row_request[row], p.requests);
+    token = static_cast<const T*>(p.speech_emb) + clamp_index(p.tokens[request], p.speech_tokens) * kHidden;
+    position = static_cast<const T*>(p.speech_pos_emb) + clamp_index(p.positions[request], p.speech_positions) * kHidden;
   }
 
   /// A lane's 8 of the 32 columns of `group`.
@@ -75,31 +75,14 @@ class Residual {
     const uint8_t* from = c_.at<uint8_t>(Layout::sums) +
                           ((c_.block * kMaxRows + row_) * kGroups + lane_ / 8 * kPerLane) * kPitch + group_ * 128 +
                           lane_ % 4 * 16;
-    uint4 part[kPerLane][2];
-    uint32_t wrong;
+    Parts<kPerLane> parts;
     step::Watchdog<kTurns> watchdog;
     do {
       watchdog.check();
-      wrong = 0;
-#pragma unroll
-      for (int s = 0; s < kPerLane; ++s) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) part[s][h] = load_relaxed(from + s * kPitch + 64 * h);
-      }
-#pragma unroll
-      for (int s = 0; s < kPerLane; ++s) wrong |= (part[s][0].x ^ phase) | (part[s][1].x ^ phase);
-    } while (__any_sync(~0u, wrong & 1));
+      parts.load(from, kPitch);
+    } while (__any_sync(~0u, parts.wrong(phase) & 1));
     float sum[8];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int s = 0; s < kPerLane; ++s) {
-        const uint4 v = part[s][h];
-        const float f[4] = {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum[4 * h + i] = s == 0 ? f[i] : sum[4 * h + i] + f[i];
-      }
-    }
+    parts.add_up(sum);
 #pragma unroll
     for (int distance = 8; distance <= 16; distance *= 2) {
 #pragma unroll
@@ -114,7 +97,7 @@ class Residual {
     }
     if (lane_ < 8) {
       T* to = c_.at<T>(Layout::x) + row_ * kHidden + kColumns * c_.block + 32 * group_ + lane_ % 4 * 8;
-      store_relaxed(to, vector_of<T>(scaled, phase));
+      step::store_b128(to, vector_of<T>(scaled, phase));
     }
 #pragma unroll
     for (int distance = 1; distance <= 4; distance *= 2) squares += __shfl_xor_sync(~0u, squares, distance);

@@ -53,8 +53,43 @@ __device__ __forceinline__ void poll(uint32_t phase, const P*... vectors) {
   step::Watchdog<kTurns> watchdog;
   do {
     watchdog.check();
-    wrong = ((load_relaxed(vectors).x ^ phase) | ...);
+    wrong = ((step::load_b128(vectors).x ^ phase) | ...);
   } while (__any_sync(~0u, wrong & 1));
 }
+
+/// Partial sums of several senders: of each, the lane's 8 of 32 columns.
+template <int kSenders>
+struct Parts {
+  uint4 v[kSenders][2];
+
+  /// `pitch` bytes lie between two senders' sums.
+  __device__ __forceinline__ void load(const uint8_t* from, int pitch) {
+#pragma unroll
+    for (int s = 0; s < kSenders; ++s) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) v[s][h] = step::load_b128(from + s * pitch + 64 * h);
+    }
+  }
+  /// Whose lowest bit says that one of them does not have the phase.
+  __device__ __forceinline__ uint32_t wrong(uint32_t phase) const {
+    uint32_t wrong = 0;
+#pragma unroll
+    for (int s = 0; s < kSenders; ++s) wrong |= (v[s][0].x ^ phase) | (v[s][1].x ^ phase);
+    return wrong;
+  }
+  /// Adds them up in the order of their senders.
+  __device__ __forceinline__ void add_up(float (&x)[8]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int s = 0; s < kSenders; ++s) {
+        const uint4 w = v[s][h];
+        const float f[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[4 * h + i] = s == 0 ? f[i] : x[4 * h + i] + f[i];
+      }
+    }
+  }
+};
 
 }  // namespace vivace::mesh

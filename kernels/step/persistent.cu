@@ -1,42 +1,12 @@
 // Launcher of the persistent token step: what it covers, its workspace and its tensor maps.
-#include <algorithm>
-
-#include "kernels/common/tensor_map.h"
 #include "kernels/step/launch.h"
 #include "kernels/step/persistent.cuh"
+#include "kernels/step/step_map.h"
 
 namespace vivace {
 namespace {
 
 using namespace step;
-
-template <int kDims>
-bool encode(CUtensorMap& map, const void* data, const cuuint64_t (&sizes)[kDims], const cuuint64_t (&strides)[kDims - 1],
-            const cuuint32_t (&box)[kDims]) {
-  cuuint32_t element_strides[kDims];
-  std::fill_n(element_strides, kDims, 1u);
-  return sm90::encode_tiled()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kDims, const_cast<void*>(data), sizes, strides, box,
-                              element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-/// A matrix (outputs, inputs) in boxes of 8 outputs and `groups` groups of 64 inputs.
-bool encode_matrix(CUtensorMap& map, const void* data, int64_t outputs, int64_t inputs, int groups) {
-  const cuuint64_t sizes[3] = {64, static_cast<cuuint64_t>(outputs), static_cast<cuuint64_t>(inputs / 64)};
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(inputs * 2), 128};
-  const cuuint32_t box[3] = {64, 8, static_cast<cuuint32_t>(groups)};
-  return encode<3>(map, data, sizes, strides, box);
-}
-
-/// A cache (layers, cache_rows, capacity, heads, 64) in boxes of so many positions of a head.
-bool encode_cache(CUtensorMap& map, const StepParams& p, const void* data, const int64_t (&stride)[4], int positions) {
-  const cuuint64_t sizes[5] = {64, static_cast<cuuint64_t>(p.capacity), static_cast<cuuint64_t>(p.heads),
-                               static_cast<cuuint64_t>(p.cache_rows), static_cast<cuuint64_t>(p.layers)};
-  const cuuint64_t strides[4] = {static_cast<cuuint64_t>(stride[2] * 2), static_cast<cuuint64_t>(stride[3] * 2),
-                                 static_cast<cuuint64_t>(stride[1] * 2), static_cast<cuuint64_t>(stride[0] * 2)};
-  const cuuint32_t box[5] = {64, static_cast<cuuint32_t>(positions), 1, 1, 1};
-  return encode<5>(map, data, sizes, strides, box);
-}
 
 template <int kHeads, int kRows, bool kProbes>
 cudaError_t launch(const StepParams& p, cudaStream_t stream) {
@@ -44,18 +14,16 @@ cudaError_t launch(const StepParams& p, cudaStream_t stream) {
   PersistentArgs args;
   args.p = p;
   args.zero = 0;
-  {
-    // Outputs i and 32 + i of a head, a rotary pair, in one box.
-    const cuuint64_t row = S::hidden * 2;
-    const cuuint64_t sizes[5] = {64, 32, 2, S::heads, static_cast<cuuint64_t>(p.layers * 3 * S::heads)};
-    const cuuint64_t strides[4] = {row, 32 * row, 128, 64 * row};
-    const cuuint32_t box[5] = {64, 4, 2, S::heads, 1};
-    if (!encode<5>(args.qkv, p.qkv, sizes, strides, box)) return cudaErrorInvalidValue;
-  }
-  if (!encode_matrix(args.out, p.out, p.layers * S::hidden, S::hidden, S::heads) ||
-      !encode_matrix(args.gate_up, p.gate_up, p.layers * 2 * S::intermediate, S::hidden, S::heads) ||
-      !encode_matrix(args.down, p.down, p.layers * S::hidden, S::intermediate, S::heads) ||
-      !encode_matrix(args.head, p.head, p.vocab, S::hidden, S::heads)) {
+  const int64_t row = S::hidden * 2;
+  const auto matrix = [&](CUtensorMap& map, const void* data, int64_t outputs, int64_t inputs) {
+    return encode_matrix(map, p.dtype, data, outputs, inputs, 8, S::heads);
+  };
+  // Outputs i and 32 + i of a head of qkv, a rotary pair, in one box.
+  if (!sm90::encode_tensor_map(args.qkv, p.dtype, p.qkv, {64, 32, 2, S::heads, p.layers * 3 * S::heads},
+                               {row, 32 * row, 128, 64 * row}, {64, 4, 2, S::heads, 1}) ||
+      !matrix(args.out, p.out, p.layers * S::hidden, S::hidden) ||
+      !matrix(args.gate_up, p.gate_up, p.layers * 2 * S::intermediate, S::hidden) ||
+      !matrix(args.down, p.down, p.layers * S::hidden, S::intermediate) || !matrix(args.head, p.head, p.vocab, S::hidden)) {
     return cudaErrorInvalidValue;
   }
   for (int i = 0; i < 2; ++i) {
@@ -107,12 +75,7 @@ bool step_persistent_supported(const StepParams& p) {
   if (p.layers < 1 || p.vocab < 1 || p.capacity > (1 << 24)) return false;
   if (!is_streamable(p.k_stride) || !is_streamable(p.v_stride)) return false;
   if (p.rotary_dtype != DType::kFloat32 && p.rotary_dtype != DType::kBFloat16) return false;
-  int device = 0, major = 0, minor = 0, multiprocessors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return major == 9 && minor == 0 && multiprocessors >= 8 * p.heads && sm90::encode_tiled() != nullptr;
+  return is_hopper_with(8 * p.heads);
 }
 
 size_t step_persistent_workspace(const StepParams& p) { return p.heads == 16 ? Mailboxes<16>::bytes : Mailboxes<4>::bytes; }

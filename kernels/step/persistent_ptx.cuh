@@ -7,23 +7,12 @@
 
 namespace vivace::step {
 
-/// ld.relaxed.gpu.b128: 16 bytes as one access, so that a packet is seen whole or not at all.
-__device__ __forceinline__ uint4 load_packet(const uint4* p) {
-  uint64_t lo, hi;
-  asm volatile("{\n.reg .b128 t;\nld.relaxed.gpu.global.b128 t, [%2];\nmov.b128 {%0, %1}, t;\n}\n"
-               : "=l"(lo), "=l"(hi)
-               : "l"(p)
-               : "memory");
-  return make_uint4(static_cast<uint32_t>(lo), static_cast<uint32_t>(lo >> 32), static_cast<uint32_t>(hi),
-                    static_cast<uint32_t>(hi >> 32));
-}
-/// st.relaxed.gpu.b128
+/// A packet of 16 bytes.
+__device__ __forceinline__ uint4 load_packet(const uint4* p) { return load_b128(p); }
 __device__ __forceinline__ void store_packet(uint4* p, uint32_t x, uint32_t y, uint32_t z, uint32_t tag) {
-  const uint64_t lo = x | static_cast<uint64_t>(y) << 32, hi = z | static_cast<uint64_t>(tag) << 32;
-  asm volatile("{\n.reg .b128 t;\nmov.b128 t, {%0, %1};\nst.relaxed.gpu.global.b128 [%2], t;\n}\n" ::"l"(lo), "l"(hi), "l"(p)
-               : "memory");
+  store_b128(p, make_uint4(x, y, z, tag));
 }
-/// ld.relaxed.gpu.b64 and st.relaxed.gpu.b64: the same for 8 bytes.
+/// ld.relaxed.gpu.b64 and st.relaxed.gpu.b64: one of 8 bytes.
 __device__ __forceinline__ uint2 load_packet(const uint2* p) {
   uint64_t x;
   asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");

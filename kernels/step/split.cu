@@ -1,33 +1,14 @@
 // Launcher of the split token step: what it covers, its workspace and its tensor maps.
 #include <algorithm>
-#include <initializer_list>
 
-#include "kernels/common/tensor_map.h"
 #include "kernels/step/launch.h"
 #include "kernels/step/split.cuh"
+#include "kernels/step/step_map.h"
 
 namespace vivace {
 namespace {
 
 using namespace split;
-
-bool encode(CUtensorMap& map, DType dtype, const void* data, std::initializer_list<int64_t> sizes,
-            std::initializer_list<int64_t> strides, std::initializer_list<int> box) {
-  cuuint64_t size[5], stride[5];
-  cuuint32_t boxes[5], element_strides[5] = {1, 1, 1, 1, 1};
-  std::copy(sizes.begin(), sizes.end(), size);
-  std::copy(strides.begin(), strides.end(), stride);
-  std::copy(box.begin(), box.end(), boxes);
-  const auto type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return sm90::encode_tiled()(&map, type, static_cast<cuuint32_t>(sizes.size()), const_cast<void*>(data), size, stride,
-                              boxes, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-/// A matrix (outputs, inputs) in boxes of `rows` outputs and `groups` groups of 64 inputs.
-bool encode_matrix(CUtensorMap& map, DType dtype, const void* data, int64_t outputs, int64_t inputs, int rows, int groups) {
-  return encode(map, dtype, data, {64, outputs, inputs / 64}, {inputs * 2, 128}, {64, rows, groups});
-}
 
 template <typename T, int kHeads, int kParts>
 cudaError_t launch_parts(const StepParams& p, cudaStream_t stream) {
@@ -44,21 +25,22 @@ cudaError_t launch_parts(const StepParams& p, cudaStream_t stream) {
   const auto activations = [&](CUtensorMap(&maps)[kMaxParts], size_t at, int64_t columns) {
     bool done = true;
     for (int part = 0; part < kParts; ++part) {
-      done = done && encode(maps[part], p.dtype, static_cast<char*>(p.workspace) + part * L::part + at,
-                            {64, kPartRows, columns / 64}, {columns * 2, 128}, {64, kPartRows, S::group});
+      done = done && sm90::encode_tensor_map(maps[part], p.dtype, static_cast<char*>(p.workspace) + part * L::part + at,
+                                             {64, kPartRows, columns / 64}, {columns * 2, 128}, {64, kPartRows, S::group});
     }
     return done;
   };
   // In one box of qkv: 4 outputs i and 32 + i of a head, rotary pairs, of q, k and v, in 2 blocks of columns. Gate and up:
   // 32 of both, twice.
-  if (!encode(args.qkv, p.dtype, p.qkv, {64, p.layers * 3 * S::hidden, 2, 3, S::hidden / 64},
-              {row, 32 * row, S::hidden * row, 128}, {64, 4, 2, 3, 2}) ||
-      !encode(args.gate_up, p.dtype, p.gate_up, {S::hidden, 32, 2, S::intermediate / 32, p.layers},
-              {row, S::intermediate * row, 32 * row, 2 * S::intermediate * row}, {64, 32, 2, 2, 1}) ||
-      !encode_matrix(args.out, p.dtype, p.out, p.layers * S::hidden, S::hidden, 16, S::out_blocks) ||
-      !encode_matrix(args.down, p.dtype, p.down, p.layers * S::hidden, S::intermediate, 64, 2) ||
-      !encode_matrix(args.head, p.dtype, p.head, p.vocab, S::hidden, S::tile, 1) || !activations(args.x, L::x, S::hidden) ||
-      !activations(args.attention, L::attention, S::hidden) || !activations(args.gated, L::gated, S::intermediate)) {
+  if (!sm90::encode_tensor_map(args.qkv, p.dtype, p.qkv, {64, p.layers * 3 * S::hidden, 2, 3, S::hidden / 64},
+                               {row, 32 * row, S::hidden * row, 128}, {64, 4, 2, 3, 2}) ||
+      !sm90::encode_tensor_map(args.gate_up, p.dtype, p.gate_up, {S::hidden, 32, 2, S::intermediate / 32, p.layers},
+                               {row, S::intermediate * row, 32 * row, 2 * S::intermediate * row}, {64, 32, 2, 2, 1}) ||
+      !step::encode_matrix(args.out, p.dtype, p.out, p.layers * S::hidden, S::hidden, 16, S::out_blocks) ||
+      !step::encode_matrix(args.down, p.dtype, p.down, p.layers * S::hidden, S::intermediate, 64, 2) ||
+      !step::encode_matrix(args.head, p.dtype, p.head, p.vocab, S::hidden, S::tile, 1) ||
+      !activations(args.x, L::x, S::hidden) || !activations(args.attention, L::attention, S::hidden) ||
+      !activations(args.gated, L::gated, S::intermediate)) {
     return cudaErrorInvalidValue;
   }
   const auto kernel = split_kernel<T, kHeads, kParts>;
@@ -92,11 +74,6 @@ cudaError_t launch(const StepParams& p, cudaStream_t stream) {
   return launch_parts<T, kHeads, 4>(p, stream);
 }
 
-/// A head's keys are contiguous, and rows of all caches 16-byte aligned.
-bool is_streamable(const int64_t (&stride)[4]) {
-  return stride[2] == 64 && stride[0] % 8 == 0 && stride[1] % 8 == 0 && stride[3] % 8 == 0;
-}
-
 }  // namespace
 
 bool step_split_supported(const StepParams& p) {
@@ -106,13 +83,10 @@ bool step_split_supported(const StepParams& p) {
       p.intermediate != 4 * p.hidden)
     return false;
   if (p.layers < 1 || p.layers > (1 << 14) || p.vocab < 1 || p.vocab > (1 << 24) || p.capacity > (1 << 24)) return false;
-  if (!is_streamable(p.k_stride) || !is_streamable(p.v_stride) || p.probe_count > StepParams::kMaxProbes) return false;
-  int device = 0, major = 0, minor = 0, multiprocessors = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return major == 9 && minor == 0 && multiprocessors >= 6 * p.heads && sm90::encode_tiled() != nullptr;
+  if (!step::has_contiguous_keys(p.k_stride) || !step::has_contiguous_keys(p.v_stride) ||
+      p.probe_count > StepParams::kMaxProbes)
+    return false;
+  return step::is_hopper_with(6 * p.heads);
 }
 
 size_t step_split_workspace(const StepParams&) { return Layout<16>::bytes; }

@@ -89,17 +89,6 @@ struct Cta {
   __device__ __forceinline__ uint8_t* fresh(int layer, int part, int row, int head) const {
     return at<uint8_t>(part, L::fresh) + ((layer % 2 * kPartRows + row) * S::heads + head) * int64_t{3 * 128};
   }
-
-  /// Keys of a row that were there before the step.
-  __device__ __forceinline__ int old_keys(int row) const {
-    if (args.p.cache_batch_idx[row] < 0) return 0;
-    return max(0, min(args.p.cache_seqlens[row], static_cast<int>(args.p.capacity)));
-  }
-  /// Where the step's key goes; -1: nowhere.
-  __device__ __forceinline__ int newest(int row) const {
-    const int n = args.p.cache_seqlens[row];
-    return args.p.cache_batch_idx[row] >= 0 && n >= 0 && n < args.p.capacity ? n : -1;
-  }
 };
 
 /// A CTA that attends: the units, a row and a head each, are dealt to the warpgroups there and back: first those of the
@@ -120,7 +109,7 @@ struct AttentionCta : Cta<S> {
   /// By all threads, then a barrier, then sort().
   __device__ __forceinline__ void read_lengths() const {
     const int t = static_cast<int>(threadIdx.x);
-    if (t < this->rows) shared.lengths[t] = this->old_keys(t);
+    if (t < this->rows) shared.lengths[t] = step::old_keys(this->args.p, t);
     if (t < S::parts) shared.keys[t] = 0;
   }
   /// Sorts the rows of each part by their keys, longest first. By all threads; then a barrier.
@@ -136,7 +125,7 @@ struct AttentionCta : Cta<S> {
       rank += other > mine || (other == mine && r < t) ? 1 : 0;
     }
     if (rank == 0) shared.keys[part] = keys;
-    shared.rows[part][rank] = {t - begin, max(0, this->args.p.cache_batch_idx[t]), mine, this->newest(t)};
+    shared.rows[part][rank] = {t - begin, max(0, this->args.p.cache_batch_idx[t]), mine, step::newest_key(this->args.p, t)};
   }
 
   /// The units of a warpgroup in a slot: a part in a layer. Who gets one more changes from slot to slot.

@@ -74,7 +74,7 @@ class Products {
       mine.cosine[i][0] = mine.cosine[i][1] = mine.sine[i][0] = mine.sine[i][1] = 0.0f;
       if (!has(i, part)) continue;
       mine.cache_row[i] = max(0, p.cache_batch_idx[row]);
-      mine.newest[i] = c_.newest(row);
+      mine.newest[i] = step::newest_key(c_.args.p, row);
       const int64_t last = p.rotary_positions - 1, n = p.cache_seqlens[row];
       const int64_t at = (n < 0 ? 0 : n < last ? n : last) * 32 + 4 * (worker_ % 8) + feature_ % 4;
 #pragma unroll

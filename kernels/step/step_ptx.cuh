@@ -1,10 +1,11 @@
-// What the kernels that are a whole step (persistent, split) use of the machine beyond kernels/common: their shared memory,
-// and waits that end. A packet or count that never comes would otherwise hang the device.
+// What the kernels that are a whole step (persistent, mesh, split) use of the machine beyond kernels/common: their shared
+// memory, and waits that end. A packet or count that never comes would otherwise hang the device.
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/common/tma.cuh"
+#include "kernels/step/step.h"
 
 namespace vivace::step {
 
@@ -40,6 +41,34 @@ template <uint32_t kTurns>
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
   Watchdog<kTurns> watchdog;
   while (!barrier_try_wait(barrier, parity)) watchdog.check();
+}
+
+/// ld.relaxed.gpu.b128: 16 bytes as one access of the memory model, seen whole or not at all.
+__device__ __forceinline__ uint4 load_b128(const void* p) {
+  uint64_t low, high;
+  asm volatile("{\n.reg .b128 x;\nld.relaxed.gpu.global.b128 x, [%2];\nmov.b128 {%0, %1}, x;\n}\n"
+               : "=l"(low), "=l"(high)
+               : "l"(p)
+               : "memory");
+  return make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+                    static_cast<uint32_t>(high >> 32));
+}
+/// st.relaxed.gpu.b128
+__device__ __forceinline__ void store_b128(void* p, uint4 v) {
+  asm volatile("{\n.reg .b128 x;\nmov.b128 x, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], x;\n}\n" ::"l"(p),
+               "l"(v.x | static_cast<uint64_t>(v.y) << 32), "l"(v.z | static_cast<uint64_t>(v.w) << 32)
+               : "memory");
+}
+
+/// Keys of a row that were there before the step.
+__device__ __forceinline__ int old_keys(const StepParams& p, int row) {
+  if (p.cache_batch_idx[row] < 0) return 0;
+  return max(0, min(p.cache_seqlens[row], static_cast<int>(p.capacity)));
+}
+/// Where the step's key goes; -1: nowhere.
+__device__ __forceinline__ int newest_key(const StepParams& p, int row) {
+  const int n = p.cache_seqlens[row];
+  return p.cache_batch_idx[row] >= 0 && n >= 0 && n < p.capacity ? n : -1;
 }
 
 }  // namespace vivace::step

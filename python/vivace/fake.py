@@ -17,10 +17,10 @@ def register() -> None:
 def _without_mixtures(name, function):
     """A call with one tensor on the meta device ends up here, whatever the others hold, and its result would be taken
     for theirs."""
+    names = [argument.name for argument in getattr(torch.ops.vivace, name).default._schema.arguments]
 
     @functools.wraps(function)
     def fake(*args, **kwargs):
-        names = (a.name for a in getattr(torch.ops.vivace, name).default._schema.arguments)
         devices = {n: t.device for n, t in (*zip(names, args, strict=False), *kwargs.items()) if torch.is_tensor(t)}
         (first, device), *others = devices.items()
         for other, its in others:

@@ -1,0 +1,39 @@
+// Tensor maps of the kernels that are a whole step, and the device that they want.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/common/tensor_map.h"
+#include "kernels/step/step.h"
+
+namespace vivace::step {
+
+/// A matrix (outputs, inputs) in boxes of `rows` outputs and `groups` groups of 64 inputs.
+inline bool encode_matrix(CUtensorMap& map, DType dtype, const void* data, int64_t outputs, int64_t inputs, int rows,
+                          int groups) {
+  return sm90::encode_tensor_map(map, dtype, data, {64, outputs, inputs / 64}, {inputs * 2, 128}, {64, rows, groups});
+}
+
+/// A cache (layers, cache_rows, capacity, heads, 64) in boxes of so many positions of a head.
+inline bool encode_cache(CUtensorMap& map, const StepParams& p, const void* data, const int64_t (&stride)[4],
+                         int positions) {
+  return sm90::encode_tensor_map(map, p.dtype, data, {64, p.capacity, p.heads_kv, p.cache_rows, p.layers},
+                                 {stride[2] * 2, stride[3] * 2, stride[1] * 2, stride[0] * 2}, {64, positions, 1, 1, 1});
+}
+
+/// Whether a head's keys in a cache are contiguous, and its rows 16-byte aligned.
+inline bool has_contiguous_keys(const int64_t (&stride)[4]) {
+  return stride[2] == 64 && stride[0] % 8 == 0 && stride[1] % 8 == 0 && stride[3] % 8 == 0;
+}
+
+/// Whether the current device is of compute capability 9.0, has so many multiprocessors and a driver that makes maps.
+inline bool is_hopper_with(int64_t multiprocessors) {
+  int device = 0, major = 0, minor = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return major == 9 && minor == 0 && count >= multiprocessors && sm90::encode_tiled() != nullptr;
+}
+
+}  // namespace vivace::step
