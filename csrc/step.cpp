@@ -366,7 +366,7 @@ int64_t step_workspace(const TensorView& qkv, const TensorView& down, const Tens
 #ifdef VIVACE_WITH_CUDA
   static float probe;
   p.rows = p.requests = rows;
-  if (probes) p.probes = &probe;  // supported() asks whether there are any
+  if (probes) p.probes = &probe;  // a family may refuse them
   set_arch(p, qkv.device_index);
   std::copy_n(k_cache.strides.begin(), 4, p.k_stride);
   std::copy_n(k_cache.strides.begin(), 4, p.v_stride);

@@ -1,7 +1,7 @@
 // Launchers of the CUDA token step. Each launches on `stream`, allocates nothing and never synchronises, so it can be
 // captured in a CUDA graph. The device is the current one. *_supported answers for a shape on this device (pointers of
-// `params` are not looked at, but whether probes is null is), *_workspace says how many bytes of params.workspace the family
-// wants for it.
+// `params` are not looked at, but whether probes is null may be), *_workspace says how many bytes of params.workspace the
+// family wants for it.
 #pragma once
 
 #include <cuda_runtime_api.h>

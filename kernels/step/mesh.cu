@@ -26,12 +26,12 @@ bool encode_all(Args& args) {
   return done;
 }
 
-template <typename T>
+template <typename T, bool kProbes>
 cudaError_t launch(const StepParams& p, cudaStream_t stream) {
   Args args;
   args.p = p;
   if (!encode_all(args)) return cudaErrorInvalidValue;
-  const auto kernel = mesh_kernel<T>;
+  const auto kernel = mesh_kernel<T, kProbes>;
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
   if (status != cudaSuccess) return status;
@@ -48,16 +48,22 @@ cudaError_t launch(const StepParams& p, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
+template <typename T>
+cudaError_t launch_probes(const StepParams& p, cudaStream_t stream) {
+  return p.probes == nullptr ? launch<T, false>(p, stream) : launch<T, true>(p, stream);
+}
+
 }  // namespace
 
 bool step_mesh_supported(const StepParams& p) {
   if ((p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) || p.arch < 90 || p.arch >= 100) return false;
-  if (p.rows < 1 || p.rows > kMaxRows || p.probes != nullptr) return false;
+  if (p.rows < 1 || p.rows > kMaxRows) return false;
   if (p.heads != kHeads || p.heads_kv != kHeads || p.head_dim != kDim || p.hidden != kHidden ||
       p.intermediate != kIntermediate)
     return false;
   if (p.layers < 2 || p.layers % 2 != 0 || p.layers > (1 << 14)) return false;  // see mesh_vector.cuh
   if (p.vocab < 1 || p.vocab > (1 << 24) || p.capacity < 1 || p.capacity > (1 << 24)) return false;
+  if (p.probe_count > StepParams::kMaxProbes || p.probe_capacity > (1 << 24)) return false;
   if (!step::has_contiguous_keys(p.k_stride) || !step::has_contiguous_keys(p.v_stride)) return false;
   return step::is_hopper_with(kCtas);
 }
@@ -66,7 +72,7 @@ size_t step_mesh_workspace(const StepParams&) { return Layout::bytes; }
 
 cudaError_t step_mesh(const StepParams& p, cudaStream_t stream) {
   if (!step_mesh_supported(p) || p.workspace_bytes < step_mesh_workspace(p)) return cudaErrorInvalidValue;
-  return p.dtype == DType::kFloat16 ? launch<__half>(p, stream) : launch<__nv_bfloat16>(p, stream);
+  return p.dtype == DType::kFloat16 ? launch_probes<__half>(p, stream) : launch_probes<__nv_bfloat16>(p, stream);
 }
 
 }  // namespace vivace

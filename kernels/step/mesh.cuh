@@ -19,6 +19,8 @@
 #include "kernels/step/mesh_fresh.cuh"
 #include "kernels/step/mesh_load.cuh"
 #include "kernels/step/mesh_products.cuh"
+#include "kernels/step/mesh_rest.cuh"
+#include "kernels/step/mesh_touch.cuh"
 
 namespace vivace::mesh {
 
@@ -28,13 +30,14 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
-template <typename T>
+template <typename T, bool kProbes>
 __device__ __forceinline__ void consume(const Cta& c, int warp, int lane) {
   const StepParams& p = c.args.p;
   const int layers = static_cast<int>(p.layers);
   float x[8];  // the residual stream
   const auto residual = [&] { return Residual<T>(c, warp, opaque(lane), x); };
   const auto fresh = [&] { return Fresh<T>(c, warp, opaque(lane)); };
+  const auto attention = [&] { return Attention<T, kProbes>(c, warp, opaque(lane)); };
   const auto products = [&] { return Products<T>(c, warp, opaque(lane)); };
   residual().begin();
   fresh().begin();
@@ -42,15 +45,22 @@ __device__ __forceinline__ void consume(const Cta& c, int warp, int lane) {
 #pragma unroll 1
   for (int layer = 0; layer < layers; ++layer) {
     products().qkv(layer, ring);
-    if (threadIdx.x == 0) c.hurry(true);
+    if (threadIdx.x == 0) c.allow(kMoreUnderWay);
+    typename Attention<T, kProbes>::Held held;
+    attention().hold_first(held, ring);
     fresh().collect(layer);
     sm90::named_barrier_sync(kReady, kConsumers);
-    Attention<T>(c, warp, opaque(lane)).run(layer, ring);
-    if (threadIdx.x == 0) c.hurry(false);
+    if (threadIdx.x == 0) c.allow(kMostUnderWay);
+    attention().run(layer, ring, held);
+    if (threadIdx.x == 0) {
+      c.allow(kUnderWay);
+      atomicExch(&c.shared.layer, layer);
+    }
     products().out(layer, ring);
     sm90::named_barrier_sync(kUsed, kConsumers);
     residual().add(static_cast<const T*>(p.post_norm) + int64_t{layer} * kHidden, kMiddlePhase);
     products().gate_up(layer, ring);
+    if (threadIdx.x == 0) c.allow(kUnderWay);
     products().down(layer, ring);
     const T* gains = layer + 1 == layers ? static_cast<const T*>(p.norm)
                                          : static_cast<const T*>(p.input_norm) + int64_t{layer + 1} * kHidden;
@@ -59,26 +69,34 @@ __device__ __forceinline__ void consume(const Cta& c, int warp, int lane) {
   products().head(ring);
 }
 
-template <typename T>
+template <typename T, bool kProbes>
 __global__ void __launch_bounds__(kThreads, 1) mesh_kernel(const __grid_constant__ Args args) {
   const Cta c(args, step::dynamic_shared());
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
   if (thread == 0) {
-    c.shared.hurries = 0;
+    c.shared.allowed = kUnderWay;
+    c.shared.layer = -1;
     for (int i = 0; i < kStages; ++i) {
       sm90::barrier_init(&c.shared.full[i], 1);
       sm90::barrier_init(&c.shared.empty[i], kWarps);
     }
+    if constexpr (kProbes) sm90::barrier_init(&c.shared.attended, kConsumers);
     sm90::barrier_init_fence();
   }
   deal(c);
   __syncthreads();
   if (warp < kWarps) {
     sm90::registers_increase<kConsumerRegisters>();
-    consume<T>(c, warp, lane);
+    consume<T, kProbes>(c, warp, lane);
   } else {
     sm90::registers_decrease<kStreamRegisters>();
-    if (warp == kWarps && lane == 0) stream(c);
+    if (warp == kWarps) {
+      if (lane == 0) stream(c);
+    } else {
+      if (warp == kWarps + 1) touch_keys(c, lane);
+      if constexpr (kProbes) ProbeWriter(c, thread - (kThreads - kBeside)).run();
+      multiply_rest<T>(c, warp - kWarps - 1, lane);
+    }
   }
 }
 

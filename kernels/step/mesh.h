@@ -25,13 +25,17 @@ inline constexpr int kFresh = 3 * kDim;                  // q, k and v of a row 
 /// Two warpgroups that multiply and attend, and one of which a thread streams; registers of their threads.
 inline constexpr int kWarps = 8, kConsumers = 32 * kWarps, kThreads = kConsumers + 128;
 inline constexpr int kConsumerRegisters = 224, kStreamRegisters = 56;
+/// Threads beside the warp that streams, for what nobody waits for.
+inline constexpr int kBeside = kThreads - kConsumers - 32;
 /// The ring of weights, keys and values.
 inline constexpr int kStages = 12, kStageBytes = 16 * 1024;
-/// Stages that are loaded at a time, in attention and outside. In attention a warp waits for every 8th stage alone. What its
-/// slot held before must have landed by then, or the parity would mislead: copies overtake each other, but not by more than
-/// the ring has beyond those 8.
-inline constexpr int kInFlightAttention = 3, kInFlightProducts = 1;
-static_assert(kInFlightAttention <= kStages - kWarps && kInFlightProducts <= kInFlightAttention);
+/// Stages that may be under way: as a rule; from the sums of q, k and v on, and while gate_up multiplies; in attention.
+/// There a warp waits for every 8th stage alone. What its slot held before must have landed by then, or the parity would
+/// mislead: copies overtake each other, but not by more than the ring has beyond those 8.
+inline constexpr int kUnderWay = 1, kMoreUnderWay = 3, kMostUnderWay = 4;
+static_assert(kMostUnderWay <= kStages - kWarps);
+/// Copies of x, of which each group reads one: all CTAs would ask for the same lines at the same time.
+inline constexpr int kCopies = 2;
 /// Rows that a CTA attends at most.
 inline constexpr int kUnits = kMaxRows / kBlocks;
 
@@ -40,11 +44,12 @@ inline constexpr int kUnits = kMaxRows / kBlocks;
 struct Layout {
   static constexpr size_t sums = 0;  // (blocks, rows, groups, 128) fp32: partial sums of `out` and `down`
   static constexpr size_t fresh =
-      sums + size_t{4} * kBlocks * kMaxRows * kGroups * kColumns;                         // (groups, rows, blocks, 192) fp32
-  static constexpr size_t x = fresh + size_t{4} * kGroups * kMaxRows * kBlocks * kFresh;  // (rows, hidden): residual * gain
-  static constexpr size_t squares = x + size_t{2} * kMaxRows * kHidden;                   // (rows, 16) fp32
-  static constexpr size_t gated = squares + size_t{4} * kMaxRows * 2 * kBlocks;           // (groups, rows, 256)
-  static constexpr size_t attention = gated + size_t{2} * kGroups * kMaxRows * kMiddle;   // (groups, rows, 64)
+      sums + size_t{4} * kBlocks * kMaxRows * kGroups * kColumns;  // (groups, rows, blocks, 192) fp32
+  static constexpr size_t x =
+      fresh + size_t{4} * kGroups * kMaxRows * kBlocks * kFresh;                   // (copies, rows, hidden): residual * gain
+  static constexpr size_t squares = x + size_t{2} * kCopies * kMaxRows * kHidden;  // (rows, 16) fp32
+  static constexpr size_t gated = squares + size_t{4} * kMaxRows * 2 * kBlocks;    // (groups, rows, 256)
+  static constexpr size_t attention = gated + size_t{2} * kGroups * kMaxRows * kMiddle;  // (groups, rows, 64)
   static constexpr size_t bytes = attention + size_t{2} * kGroups * kMaxRows * kDim;
 };
 
@@ -52,7 +57,6 @@ struct Args {
   StepParams p;
   CUtensorMap qkv, out, gate_up, down, head;  // see mesh.cu
   CUtensorMap keys[8], values[8];             // boxes of 8 (i + 1) positions of a head
-  int32_t in_flight_attention = kInFlightAttention, in_flight_products = kInFlightProducts;
 };
 
 }  // namespace vivace::mesh

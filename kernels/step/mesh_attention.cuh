@@ -1,16 +1,19 @@
 // Attention of the mesh step: the eight warps take one stage of keys after the other, a head's keys in the cache.
 //
-// A stage of the ring holds 64 keys of a row and, half a stage on, their values, rows of 128 swizzled bytes. Stage i of a
-// row belongs to its softmax state i % 8, which a warp has to itself; the states meet when all rows are done, and are merged
-// in a fixed order, so what a row computes depends on its own length alone. Keys are the M of mma, the query all columns of
-// B; and so are dimensions, the weights being B: its even columns have them rounded, its odd ones what that has taken off.
+// A stage of the ring holds 64 keys of a row and, half a stage on, their values, rows of 128 swizzled bytes. A warp loads
+// all of it into its registers and makes room in the ring for the next ones before it computes, and its first stage before
+// the query is there: eight stages more than the ring holds are in the CTA when attention begins. Stage i of a row belongs
+// to its softmax state i % 8, which a warp has to itself; the states meet when all rows are done, and are merged in a fixed
+// order, so what a row computes depends on its own length alone. Keys are the M of mma, the query all columns of B; and so
+// are dimensions, the weights being B: its even columns have them rounded, its odd ones what that has taken off.
 #pragma once
 
+#include "kernels/step/mesh_probe.cuh"
 #include "kernels/step/mesh_vector.cuh"
 
 namespace vivace::mesh {
 
-template <typename T>
+template <typename T, bool kProbes>
 class Attention {
  public:
   __device__ __forceinline__ Attention(const Cta& c, int warp, int lane)
@@ -19,13 +22,37 @@ class Attention {
         lane_(lane),
         key_offset_(lane / 8 % 2 * 1024 + lane % 8 * 128 + (lane / 16 ^ lane % 8) * 16),
         value_offset_(kStageBytes / 2 + lane / 16 * 1024 + lane % 8 * 128 + (lane / 8 % 2 ^ lane % 8) * 16),
-        scale_(c.args.p.softmax_scale * 1.4426950408889634f) {}
+        scale_(score_scale(c)) {}
 
-  /// All rows of the CTA in one layer; q, k and v of the step are in shared.fresh.
-  __device__ __forceinline__ void run(int layer, Position& ring) {
+  /// A stage: keys 16 t, dimensions 16 i (k[i][t]), and values of the same (v[t][i]), as mma wants them.
+  struct Held {
+    uint32_t k[4][4][4], v[4][4][4];
+  };
+
+  /// The first stage that the warp attends, with `ring` where attention begins.
+  __device__ __forceinline__ void hold_first(Held& held, Position ring) const {
+    if (warp_ < c_.shared.key_stages) {
+      ring.advance(warp_);
+      hold(held, ring);
+    } else {  // or the compiler keeps the registers over a layer
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) held.k[i][t][e] = held.v[i][t][e] = 0;
+        }
+      }
+    }
+  }
+
+  /// All rows of the CTA in one layer; q, k and v of the step are in shared.fresh, the warp's first stage is held.
+  __device__ __forceinline__ void run(int layer, Position& ring, Held& held) {
     const int units = c_.shared.unit_count, mine = kWarps - 1 - warp_;  // the unit that this warp merges
     const float newest = mine < units ? score_of_newest(mine) : -INFINITY;
+    const Probe<kProbes> probe(c_, layer);
     int before = 0;  // stages of earlier units
+    bool is_held = true;
 #pragma unroll 1
     for (int u = 0; u < units; ++u) {
       const Unit unit = c_.shared.units[u];
@@ -39,13 +66,18 @@ class Attention {
         Position at = ring;
         at.advance(part);
 #pragma unroll 1
-        for (int i = part; i < stages; i += kWarps, at.advance(kWarps)) attend(state, q, unit.keys - 64 * i, at);
+        for (int i = part; i < stages; i += kWarps, at.advance(kWarps)) {
+          if (!is_held) hold(held, at);
+          is_held = false;
+          attend(state, q, unit.keys - 64 * i, held, probe.scores(unit, i));
+        }
         store(state, u, part);
       }
       ring.advance(stages);
     }
     sm90::named_barrier_sync(kMerge, kConsumers);
-    if (mine < units) merge(c_.shared.units[mine], mine, newest, layer);
+    if (mine < units) merge(c_.shared.units[mine], mine, newest, layer, probe);
+    probe.attended();
   }
 
  private:
@@ -73,30 +105,37 @@ class Attention {
     return c_.shared.units[u].newest >= 0 ? s * scale_ : -INFINITY;
   }
 
-  /// A stage, with keys of the row in the first `keys` places.
-  __device__ __forceinline__ void attend(State& state, const uint32_t (&q)[8], int keys, const Position& at) const {
+  /// Takes a stage out of the ring.
+  __device__ __forceinline__ void hold(Held& held, const Position& at) const {
     const uint32_t stage = ptx::shared_address(c_.wait(at));
-    float d[4][4] = {};  // keys 16 t + lane / 4 (d[t][0]) and + 8 (d[t][2])
-    {
-      uint32_t k[4][4][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int t = 0; t < 4; ++t) ptx::ldmatrix_x4(k[i][t], (stage + key_offset_ + 2048 * t) ^ 32 * i);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t) ptx::mma_m16n8k16<T>(d[t], k[i][t], q[2 * i], q[2 * i + 1]);
-      }
+      for (int t = 0; t < 4; ++t) ptx::ldmatrix_x4(held.k[i][t], (stage + key_offset_ + 2048 * t) ^ 32 * i);
     }
-    uint32_t v[2][4][4];  // 16 keys: dimensions 16 i + lane / 4 of keys 2 (lane % 4) + {0, 1}, and so on
 #pragma unroll
-    for (int i = 0; i < 4; ++i) ptx::ldmatrix_x4_trans(v[0][i], (stage + value_offset_) ^ 32 * i);
+    for (int t = 0; t < 4; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ptx::ldmatrix_x4_trans(held.v[t][i], (stage + value_offset_ + 2048 * t) ^ 32 * i);
+    }
+    __syncwarp();
+    if (lane_ == 0) barrier_arrive(&c_.shared.empty[at.slot], kWarps);
+  }
+
+  /// A stage, with keys of the row in the first `keys` places.
+  __device__ __forceinline__ void attend(State& state, const uint32_t (&q)[8], int keys, Held& held,
+                                         const ProbedScores<kProbes>& probed) const {
+    float d[4][4] = {};  // keys 16 t + lane / 4 (d[t][0]) and + 8 (d[t][2])
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int t = 0; t < 4; ++t) ptx::mma_m16n8k16<T>(d[t], held.k[i][t], q[2 * i], q[2 * i + 1]);
+    }
     float s[8];
     const int valid = keys - lane_ / 4;
 #pragma unroll
     for (int j = 0; j < 8; ++j) s[j] = 8 * j < valid ? d[j / 2][j % 2 * 2] : -INFINITY;  // whatever the stage held before
+    probed.store(s, lane_);
     float largest = fmaxf(fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3])), fmaxf(fmaxf(s[4], s[5]), fmaxf(s[6], s[7])));
 #pragma unroll
     for (int distance = 4; distance <= 16; distance *= 2) {
@@ -124,24 +163,18 @@ class Attention {
     }
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-      if (t < 3) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          ptx::ldmatrix_x4_trans(v[(t + 1) % 2][i], (stage + value_offset_ + 2048 * (t + 1)) ^ 32 * i);
-        }
-      }
       if (keys < 64) {  // what lies behind the last key may be no number
         const int left = keys - 16 * t - lane_ % 4 * 2;
         const uint32_t low = left > 1 ? ~0u : left == 1 ? 0xffffu : 0u, high = left > 9 ? ~0u : left == 9 ? 0xffffu : 0u;
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          v[t % 2][i][0] &= low, v[t % 2][i][1] &= low, v[t % 2][i][2] &= high, v[t % 2][i][3] &= high;
+        for (int i = 0; i < 4; ++i) {
+          uint32_t(&v)[4] = held.v[t][i];
+          v[0] &= low, v[1] &= low, v[2] &= high, v[3] &= high;
+        }
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) ptx::mma_m16n8k16<T>(state.out[i], v[t % 2][i], weights[2 * t], weights[2 * t + 1]);
+      for (int i = 0; i < 4; ++i) ptx::mma_m16n8k16<T>(state.out[i], held.v[t][i], weights[2 * t], weights[2 * t + 1]);
     }
-    __syncwarp();
-    if (lane_ == 0) barrier_arrive(&c_.shared.empty[at.slot], kWarps);
   }
 
   /// For the merge.
@@ -160,7 +193,8 @@ class Attention {
   }
 
   /// Of all its parts, and the step's own key and value, the unit's attention: published.
-  __device__ __forceinline__ void merge(const Unit& unit, int u, float newest, int layer) const {
+  __device__ __forceinline__ void merge(const Unit& unit, int u, float newest, int layer,
+                                        const Probe<kProbes>& probe) const {
     const int count = min((unit.keys + 63) / 64, kWarps);
     float2 bound[kWarps], part[kWarps];  // maximum and sum; outputs 2 lane, 2 lane + 1
     float largest = newest;
@@ -181,6 +215,7 @@ class Attention {
       lo += weight * part[w].x;
       hi += weight * part[w].y;
     }
+    probe.merged(u, offset + ptx::log2_approx(sum), newest, lane_);
     const float inverse = sum == 0.0f ? 0.0f : ptx::rcp_approx(sum);
     lo *= inverse;
     hi *= inverse;

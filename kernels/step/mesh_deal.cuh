@@ -24,7 +24,7 @@ __device__ __forceinline__ void deal(const Cta& c) {
   __syncthreads();
   if (t >= 32) return;
   const int block = t % kBlocks;  // a lane of each eight stands for a CTA
-  int load = 0, units = 0;
+  int load = 0, units = 0, stages = 0;
   for (int first = 0; first < c.rows; first += kBlocks) {
     int place = first;
 #pragma unroll
@@ -35,13 +35,14 @@ __device__ __forceinline__ void deal(const Cta& c) {
     if (place >= c.rows) continue;
     const int row = c.shared.sorted[place];
     load += c.shared.lengths[row];
+    stages += (c.shared.lengths[row] + 63) / 64;
     if (t == c.block) {
       c.shared.units[units] = {row, max(0, c.args.p.cache_batch_idx[row]), c.shared.lengths[row],
                                step::newest_key(c.args.p, row)};
     }
     ++units;
   }
-  if (t == c.block) c.shared.unit_count = units;
+  if (t == c.block) c.shared.unit_count = units, c.shared.key_stages = stages;
 }
 
 }  // namespace vivace::mesh

@@ -79,7 +79,7 @@ class Loader {
     uint64_t *full = &c_.shared.full[at_.slot], *empty = &c_.shared.empty[at_.slot];
     step::barrier_wait<kTurns>(empty, at_.parity ^ 1);
     // Few at a time: what queues in front of memory holds up what the CTAs tell each other.
-    while (under_way_ >= (c_.hurries() ? c_.args.in_flight_attention : c_.args.in_flight_products)) {
+    while (under_way_ >= c_.allowed()) {
       step::barrier_wait<kTurns>(&c_.shared.full[landed_.slot], landed_.parity);
       landed_.next();
       --under_way_;

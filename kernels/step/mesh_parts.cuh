@@ -16,6 +16,7 @@ enum Barrier {
   kReady = 5,  // q, k and v of the CTA's rows are in shared memory (256)
   kMerge = 6,  // all parts of attention's states are in shared memory (256)
   kUsed = 7,   // which may be written again, as may q, k and v (256)
+  kLast = 8    // all of x is there before the head (256, which do not wait, and 96)
 };
 
 /// A row whose attention of the group's head the CTA computes.
@@ -37,8 +38,13 @@ struct Shared {
   float first_inverse[kUnits];  // 1 / rms of what a row begins with
   int32_t lengths[kMaxRows];
   int32_t unit_count;
-  int32_t hurries;  // see Cta::hurry
+  int32_t key_stages;  // of all units
+  int32_t allowed;     // see Cta::allow
+  int32_t layer;       // whose attention is done, see mesh_touch.cuh
   uint64_t full[kStages], empty[kStages];
+  // of a probe, the first of its head: log2 of the sum of exponentials, and the score of the newest key
+  float2 probed[StepParams::kMaxProbes][kUnits];
+  uint64_t attended;  // whether all of them are there
 };
 inline constexpr size_t kSharedBytes = kStages * kStageBytes + sizeof(Shared);
 static_assert(kSharedBytes <= 227 * 1024);
@@ -81,17 +87,26 @@ struct Cta {
   __device__ __forceinline__ P* at(size_t offset) const {
     return reinterpret_cast<P*>(static_cast<uint8_t*>(args.p.workspace) + offset);
   }
+  /// The copy of x that the CTA reads, (rows, hidden).
+  __device__ __forceinline__ size_t x() const {
+    return Layout::x + static_cast<size_t>(group % kCopies) * (2 * kMaxRows * kHidden);
+  }
   /// Attention of the group's head for a row, (64).
   template <typename T>
   __device__ __forceinline__ T* attention(int row) const {
     return at<T>(Layout::attention) + (group * kMaxRows + row) * kDim;
   }
-  __device__ __forceinline__ bool has_tile(int tile) const { return tile * int64_t{64} < args.p.vocab; }
+  /// Features of the head that are left over from its tiles, if they are few: no tile is worth its time then.
+  __device__ __forceinline__ int rest() const {
+    const int left = static_cast<int>(args.p.vocab % 64);
+    return left <= 8 ? left : 0;
+  }
+  __device__ __forceinline__ bool has_tile(int tile) const { return tile * int64_t{64} < args.p.vocab - rest(); }
 
-  /// Whether more loads may be under way, from the sums of q, k and v until attention is done; else they would hold up what
-  /// CTAs tell each other. Atomic, since the loading thread hears of it without a barrier.
-  __device__ __forceinline__ void hurry(bool on) const { atomicExch(&shared.hurries, on ? 1 : 0); }
-  __device__ __forceinline__ bool hurries() const { return atomicOr(&shared.hurries, 0) != 0; }
+  /// How many stages may be under way: more of them hold up what CTAs tell each other. One thread; atomic, since the loading
+  /// thread hears of it without a barrier.
+  __device__ __forceinline__ void allow(int stages) const { atomicExch(&shared.allowed, stages); }
+  __device__ __forceinline__ int allowed() const { return atomicOr(&shared.allowed, 0); }
 
   /// Waits until the stage is there; all lanes. Every warp waits for and releases every stage, whether it uses it or not.
   __device__ __forceinline__ uint8_t* wait(const Position& at) const {

@@ -34,7 +34,7 @@ class Products {
     if (layer == 0) {
       embed(a);
     } else {
-      const size_t at = Layout::x + 2 * kColumns * c_.block;
+      const size_t at = c_.x() + 2 * kColumns * c_.block;
       gather<true>(a, at, 2 * kHidden, kLastPhase);
     }
     // The first warpgroup has q and the first half of k, the second v and the other half.
@@ -70,10 +70,11 @@ class Products {
 
   /// silu(gate) * up of the CTA's intermediates.
   __device__ __forceinline__ void gate_up(int layer, Position& ring) {
-    Operand<kHidden / 64> a;
-    gather_half(a, kMiddlePhase);
-    float sum[16], scale;
-    multiply_half(sum, a, ring, [&] { scale = inverse(kMiddlePhase); });
+    float all[32], sum[16];
+    clear(all);
+    multiply_arriving(all, ring, kMiddlePhase);
+    const float scale = inverse(kMiddlePhase);
+    add_halves(sum, all);
     float gated[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) gated[i] = silu(sum[i] * scale) * (sum[8 + i] * scale);
@@ -97,10 +98,17 @@ class Products {
     Operand<kHidden / 64> a;
     gather_half(a, kLastPhase);
     const float scale = inverse(kLastPhase);
+    if (c_.rest() > 0) sm90::named_barrier_arrive(kLast, kConsumers + kBeside);
 #pragma unroll 1
     for (int tile = c_.cta; c_.has_tile(tile); tile += kCtas) {
       float sum[16];
-      multiply_half(sum, a, ring, [] {});
+      {
+        float all[32];
+        clear(all);
+        start(all, a, ring);
+        finish(ring, kHidden / 128);
+        add_halves(sum, all);
+      }
       const int row = row_ + 32 * half_;
       if (row < c_.rows) {
 #pragma unroll
@@ -155,10 +163,7 @@ class Products {
   __device__ __forceinline__ void finish(Position& ring, int stages) const {
     sm90::wgmma_wait<0>();
 #pragma unroll
-    for (int s = 0; s < stages; ++s) {
-      if (lane_ == 0) c_.release(ring);
-      ring.next();
-    }
+    for (int s = 0; s < stages; ++s) release(ring);
   }
 
   /// First values of the residual stream, times the first gain.
@@ -180,6 +185,16 @@ class Products {
     }
   }
 
+  /// Waits for a vector of each warp that sends something of x of these rows: to ask for all of it again and again holds up
+  /// others. CTAs pair, pair + 4, ... of the group's blocks have sent it, of which two warps have a row.
+  template <int kCount>
+  __device__ __forceinline__ void look_at_x(size_t offset, uint32_t phase) const {
+    const int owner = pair_ + lane_ / 4 % 4 * 4;
+    const int row = owner < c_.rows ? owner + (c_.rows - 1 - owner) / kGroups * kGroups : pair_;
+    const int group = kCount == kColumns / 32 ? lane_ % 4 : lane_ % 4 * 4 + 1 + lane_ / 16 * 2;
+    poll(phase, c_.at<uint8_t>(offset) + row * (2 * kHidden) + 64 * group + lane_ % 4 * 16);
+  }
+
   /// Reads operand A, rows of `pitch` bytes, until all of it has the phase. With kPolls a few vectors are looked at first.
   template <bool kPolls, int kCount>
   __device__ __forceinline__ void gather(Operand<kCount>& a, size_t offset, int pitch, uint32_t phase) const {
@@ -190,18 +205,12 @@ class Products {
     const uint8_t* first = from + first_ * pitch;
     const uint8_t* second = from + second_ * pitch;
     if constexpr (kPolls) {
-      // First a vector of each warp that sends something of these rows: to ask for all of it again and again holds up
-      // others.
-      int row, group;
       if constexpr (kCount == kMiddle / 32) {  // 8 CTAs, rows below 32 and above
-        row = lane_ / 8 % 2 == 1 && has_second_ ? pair_ + 32 : pair_;
-        group = lane_ % 8;
-      } else {  // x: CTAs pair, pair + 4, ... of the group's blocks, of which two warps have a row
-        const int owner = pair_ + lane_ / 4 % 4 * 4;
-        row = owner < c_.rows ? owner + (c_.rows - 1 - owner) / kGroups * kGroups : pair_;
-        group = kCount == kColumns / 32 ? lane_ % 4 : lane_ % 4 * 4 + 1 + lane_ / 16 * 2;
+        const int row = lane_ / 8 % 2 == 1 && has_second_ ? pair_ + 32 : pair_;
+        poll(phase, from + row * pitch + lane_ % 8 * 64);
+      } else {
+        look_at_x<kCount>(offset, phase);
       }
-      poll(phase, c_.at<uint8_t>(offset) + row * pitch + 64 * group);
     }
     uint32_t wrong;
     step::Watchdog<kTurns> watchdog;
@@ -227,7 +236,7 @@ class Products {
 
   /// x, of the half of the columns that is the warpgroup's.
   __device__ __forceinline__ void gather_half(Operand<kHidden / 64>& a, uint32_t phase) const {
-    gather<true>(a, Layout::x + half_ * kHidden, 2 * kHidden, phase);
+    gather<true>(a, c_.x() + half_ * kHidden, 2 * kHidden, phase);
   }
 
   /// 1 / rms of the row whose sums this thread completes.
@@ -243,16 +252,78 @@ class Products {
     return inverse_rms(v, c_.args.p.eps);
   }
 
-  /// The products of both warpgroups, each over half of the columns, with 64 features; of each two rows a warpgroup gets
-  /// one. Does something else meanwhile.
-  template <typename Meanwhile>
-  __device__ __forceinline__ void multiply_half(float (&result)[16], const Operand<kHidden / 64>& a, Position& ring,
-                                                Meanwhile&& meanwhile) const {
-    float sum[32];
-    clear(sum);
-    start(sum, a, ring);
-    meanwhile();
-    finish(ring, kHidden / 128);
+  /// A part of the half of x, 64 columns for a stage of weights: a lane's vectors of the rows that there are.
+  __device__ __forceinline__ void load_part(Operand<kHidden / 64>& a, int part, const uint8_t* from) const {
+    if (row_ < c_.rows) {
+#pragma unroll
+      for (int g = 2 * part; g < 2 * part + 2; ++g) a.v[g][0] = step::load_b128(from + 64 * g);
+    }
+    if (row_ + 32 < c_.rows) {
+#pragma unroll
+      for (int g = 2 * part; g < 2 * part + 2; ++g) a.v[g][1] = step::load_b128(from + 32 * (2 * kHidden) + 64 * g);
+    }
+  }
+
+  /// Waits for a part that has been asked for.
+  __device__ __forceinline__ void wait_part(Operand<kHidden / 64>& a, int part, const uint8_t* from, uint32_t phase) const {
+    if (!has_rows_) return;
+    step::Watchdog<kTurns> watchdog;
+#pragma unroll 1
+    while (true) {
+      uint32_t wrong = 0;
+      if (row_ < c_.rows) wrong |= (a.v[2 * part][0].x ^ phase) | (a.v[2 * part + 1][0].x ^ phase);
+      if (row_ + 32 < c_.rows) wrong |= (a.v[2 * part][1].x ^ phase) | (a.v[2 * part + 1][1].x ^ phase);
+      if (!__any_sync(~0u, wrong & 1)) return;
+      watchdog.check();
+      load_part(a, part, from);
+    }
+  }
+
+  /// Sums over the warpgroup's half of the columns of x, 64 features, while x arrives. All parts but the last are asked for
+  /// at once (registers); a stage is released as soon as it has been multiplied.
+  __device__ __forceinline__ void multiply_arriving(float (&sum)[32], Position& ring, uint32_t phase) const {
+    constexpr int kParts = kHidden / 128, kAtOnce = kParts - 1;
+    Operand<kHidden / 64> a;
+#pragma unroll
+    for (int g = 0; g < 2 * kAtOnce; ++g) a.v[g][0] = a.v[g][1] = make_uint4(0, 0, 0, 0);
+    const size_t offset = c_.x() + half_ * kHidden;
+    const uint8_t* from = c_.at<uint8_t>(offset) + row_ * (2 * kHidden) + lane_ % 4 * 16;
+    if (has_rows_) {
+      look_at_x<kHidden / 64>(offset, phase);
+#pragma unroll
+      for (int part = 0; part < kAtOnce; ++part) load_part(a, part, from);
+    }
+    Position at = ring;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      wait_part(a, part, from, phase);
+      if (part == 0 && threadIdx.x == 0) c_.allow(kMoreUnderWay);
+      const uint8_t* stage = c_.wait(at) + half_ * 8192;
+      at.next();
+      sm90::wgmma_fence();
+      multiply<64>(sum, a.v[2 * part], stage);
+      multiply<64>(sum, a.v[2 * part + 1], stage + 64);
+      sm90::wgmma_commit();
+      if (part == 0) continue;
+      sm90::wgmma_wait<1>();
+      release(ring);
+      const int next = part - 1 + kAtOnce;
+      if (next < kParts) {
+#pragma unroll
+        for (int g = 2 * next; g < 2 * next + 2; ++g) a.v[g][0] = a.v[g][1] = make_uint4(0, 0, 0, 0);
+        load_part(a, next, from);
+      }
+    }
+    finish(ring, 1);
+  }
+
+  __device__ __forceinline__ void release(Position& ring) const {
+    if (lane_ == 0) c_.release(ring);
+    ring.next();
+  }
+
+  /// The sums of both warpgroups, each over half of the columns, with 64 features: of each two rows a warpgroup gets one.
+  __device__ __forceinline__ void add_halves(float (&result)[16], float (&sum)[32]) const {
     sm90::wgmma_hold(sum);
     const int thread = static_cast<int>(threadIdx.x);
     float4(&halves)[4][kConsumers] = c_.shared.halves;

@@ -75,11 +75,11 @@ class Residual {
     const uint8_t* from = c_.at<uint8_t>(Layout::sums) +
                           ((c_.block * kMaxRows + row_) * kGroups + lane_ / 8 * kPerLane) * kPitch + group_ * 128 +
                           lane_ % 4 * 16;
-    Parts<kPerLane> parts;
+    Parts<kPerLane> parts(phase);
     step::Watchdog<kTurns> watchdog;
     do {
       watchdog.check();
-      parts.load(from, kPitch);
+      parts.load(from, kPitch, phase);
     } while (__any_sync(~0u, parts.wrong(phase) & 1));
     float sum[8];
     parts.add_up(sum);
@@ -95,8 +95,9 @@ class Residual {
       squares += x_[i] * x_[i];
       scaled[i] = x_[i] * (i % 2 == 0 ? g[i / 2].x : g[i / 2].y);
     }
-    if (lane_ < 8) {
-      T* to = c_.at<T>(Layout::x) + row_ * kHidden + kColumns * c_.block + 32 * group_ + lane_ % 4 * 8;
+    if (lane_ < 8 * kCopies) {
+      T* to =
+          c_.at<T>(Layout::x) + (lane_ / 8 * kMaxRows + row_) * kHidden + kColumns * c_.block + 32 * group_ + lane_ % 4 * 8;
       step::store_b128(to, vector_of<T>(scaled, phase));
     }
 #pragma unroll
@@ -111,6 +112,7 @@ class Residual {
  private:
   const Cta& c_;
   float (&x_)[8];
+  static_assert(kCopies <= 4);  // lanes 0 to 7 have what is sent, and so have each eight others
   int lane_, half_, group_, row_;
 };
 

@@ -62,12 +62,20 @@ template <int kSenders>
 struct Parts {
   uint4 v[kSenders][2];
 
-  /// `pitch` bytes lie between two senders' sums.
-  __device__ __forceinline__ void load(const uint8_t* from, int pitch) {
+  /// None is there yet.
+  __device__ __forceinline__ explicit Parts(uint32_t phase) {
+#pragma unroll
+    for (int s = 0; s < kSenders; ++s) v[s][0] = v[s][1] = make_uint4(phase ^ 1, 0, 0, 0);
+  }
+  /// Asks for what is not there: to ask for all of it again and again holds up others. `pitch` bytes lie between two
+  /// senders' sums.
+  __device__ __forceinline__ void load(const uint8_t* from, int pitch, uint32_t phase) {
 #pragma unroll
     for (int s = 0; s < kSenders; ++s) {
+      if (((v[s][0].x ^ phase) | (v[s][1].x ^ phase)) & 1) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) v[s][h] = step::load_b128(from + s * pitch + 64 * h);
+        for (int h = 0; h < 2; ++h) v[s][h] = step::load_b128(from + s * pitch + 64 * h);
+      }
     }
   }
   /// Whose lowest bit says that one of them does not have the phase.

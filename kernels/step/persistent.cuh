@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(PersistentShape<kHeads, kRows>::threads, 1)
       sm90::barrier_init(ring.full + i, 1);
       sm90::barrier_init(ring.empty + i, S::warps);
     }
-    sm90::barrier_init(attended, S::warps);
+    sm90::barrier_init(attended, 32 * S::warps);
     sm90::barrier_init_fence();
   }
   __syncthreads();

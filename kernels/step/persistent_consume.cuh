@@ -105,7 +105,7 @@ __device__ __forceinline__ void consume(Worker<kHeads, kRows>& self, uint64_t* a
       self.template fetch<1>([&] { return load_weights(self, w); });
       receive_parts(self, layer);
       multiply(self, w);
-      if (layer + 1 == layers && self.lane == 0) sm90::barrier_arrive(attended);
+      if (layer + 1 == layers && self.probes != nullptr) sm90::barrier_arrive(attended);
     }
     self.synchronize();
     send_residual<S::row_a>(self, self.sums_a, M::x_out, gain_post);

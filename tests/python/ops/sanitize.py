@@ -157,14 +157,14 @@ def others(dtype):
 
 
 def token_step():
-    """Each family of decode_step that takes the shape: a few rows, one of them padding, one full."""
-    layers, hidden, heads, dim, inner, vocab, capacity = 2, 1024, 16, 64, 4096, 8194, 70
+    """Each family of decode_step that takes the shape: a few rows, a padding and a full one, also with probes."""
+    layers, hidden, heads, dim, inner, vocab, capacity = 2, 1024, 16, 64, 4096, 8194, 600
     sizes = [(vocab, hidden), (20, hidden), (layers, hidden), (layers, 3 * hidden, hidden), (layers, hidden, hidden)]
     sizes += [(layers, hidden), (layers, 2 * inner, hidden), (layers, hidden, inner), (hidden,), (vocab, hidden)]
     weights = [randn(*size) for size in sizes]
     k, v = (randn(layers, 4, heads, capacity, dim).transpose(2, 3) for _ in range(2))
     angle = torch.rand(capacity, dim // 2, device="cuda")
-    rows = {2: ((0, 66), (2, 0)), 5: ((0, 66, 1, capacity, 30), (2, 0, -1, 1, 3))}
+    rows = {2: ((0, 66), (2, 0)), 5: ((0, 590, 1, capacity, 30), (2, 0, -1, 1, 3))}
     ran = 0
     for family in (1, 2, 4) if EVERY_LANE else (1, 2, 3, 4):
         for count, (lengths, cache_rows) in rows.items():
@@ -174,8 +174,14 @@ def token_step():
             whole = torch.arange(count, device="cuda")
             workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
             state = (int32(*lengths), int32(*cache_rows), workspace)
-            for _ in range(2):
-                OPS.decode_step(whole, whole, whole, *weights, angle.cos(), angle.sin(), k, v, *state, family=family)
+            probes = {
+                "probes": torch.zeros(3, count, 1, capacity, device="cuda"),
+                "probe_layers": [1, 0, 1],
+                "probe_heads": [5, 7, 5],
+            }
+            for extra in ({}, probes):
+                tables = angle.cos(), angle.sin()
+                OPS.decode_step(whole, whole, whole, *weights, *tables, k, v, *state, **extra, family=family)
             ran += 1
     return ran
 
