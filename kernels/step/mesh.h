@@ -34,22 +34,20 @@ inline constexpr int kStages = 12, kStageBytes = 16 * 1024;
 /// mislead: copies overtake each other, but not by more than the ring has beyond those 8.
 inline constexpr int kUnderWay = 1, kMoreUnderWay = 3, kMostUnderWay = 4;
 static_assert(kMostUnderWay <= kStages - kWarps);
-/// Copies of x, of which each group reads one: all CTAs would ask for the same lines at the same time.
-inline constexpr int kCopies = 2;
 /// Rows that a CTA attends at most.
 inline constexpr int kUnits = kMaxRows / kBlocks;
 
 /// Byte offsets in the workspace. Zero before the first launch, and by every launch left as the next one needs it (see
-/// mesh_vector.cuh). A row's place does not depend on how many there are.
+/// mesh_vector.cuh). A row's place does not depend on how many there are. Within x, squares, gated and attention see
+/// place_of.
 struct Layout {
   static constexpr size_t sums = 0;  // (blocks, rows, groups, 128) fp32: partial sums of `out` and `down`
   static constexpr size_t fresh =
-      sums + size_t{4} * kBlocks * kMaxRows * kGroups * kColumns;  // (groups, rows, blocks, 192) fp32
-  static constexpr size_t x =
-      fresh + size_t{4} * kGroups * kMaxRows * kBlocks * kFresh;                   // (copies, rows, hidden): residual * gain
-  static constexpr size_t squares = x + size_t{2} * kCopies * kMaxRows * kHidden;  // (rows, 16) fp32
-  static constexpr size_t gated = squares + size_t{4} * kMaxRows * 2 * kBlocks;    // (groups, rows, 256)
-  static constexpr size_t attention = gated + size_t{2} * kGroups * kMaxRows * kMiddle;  // (groups, rows, 64)
+      sums + size_t{4} * kBlocks * kMaxRows * kGroups * kColumns;                         // (groups, rows, blocks, 192) fp32
+  static constexpr size_t x = fresh + size_t{4} * kGroups * kMaxRows * kBlocks * kFresh;  // (rows, hidden): residual * gain
+  static constexpr size_t squares = x + size_t{2} * kMaxRows * kHidden;                   // (rows, 16) fp32
+  static constexpr size_t gated = squares + size_t{4} * kMaxRows * 2 * kBlocks;           // (groups, rows, 256)
+  static constexpr size_t attention = gated + size_t{2} * kGroups * kMaxRows * kMiddle;   // (groups, rows, 64)
   static constexpr size_t bytes = attention + size_t{2} * kGroups * kMaxRows * kDim;
 };
 

@@ -226,7 +226,10 @@ class Attention {
       x[2 * i] = __shfl_sync(~0u, lo, from_lane);
       x[2 * i + 1] = __shfl_sync(~0u, hi, from_lane);
     }
-    if (lane_ < 8) step::store_b128(c_.template attention<T>(unit.row) + 8 * lane_, vector_of<T>(x, phase_of(layer)));
+    if (lane_ < 8) {
+      step::store_b128(c_.attention() + place_of(unit.row, lane_ / 4, kDim / 32) + lane_ % 4 * 16,
+                       vector_of<T>(x, phase_of(layer)));
+    }
   }
 
   const Cta& c_;

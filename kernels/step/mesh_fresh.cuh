@@ -44,7 +44,7 @@ class Fresh {
     const Unit unit = c_.shared.units[warp_];
     constexpr int kPitch = kFresh * 4;
     const uint8_t* from =
-        c_.at<uint8_t>(Layout::fresh) + (c_.group * kMaxRows + unit.row) * kBlocks * kPitch + group_ * 128 + lane_ % 4 * 16;
+        c_.at<uint8_t>(Layout::fresh) + (c_.group * kMaxRows + unit.row) * kBlocks * kPitch + group_ * 64 + lane_ % 4 * 16;
     const uint32_t phase = phase_of(layer);
     Parts<kBlocks> parts(phase);
     uint4 squares;
@@ -52,7 +52,7 @@ class Fresh {
     step::Watchdog<kTurns> watchdog;
     do {
       watchdog.check();
-      parts.load(from, kPitch, phase);
+      parts.load(from, kPitch, kPitch / 2, phase);
       squares = step::load_b128(squares_of(c_, unit.row, lane_));
       wrong = (layer > 0 ? wrong_phase(squares, kLastPhase) : 0) | parts.wrong(phase);
     } while (__any_sync(~0u, wrong & 1));

@@ -87,15 +87,11 @@ struct Cta {
   __device__ __forceinline__ P* at(size_t offset) const {
     return reinterpret_cast<P*>(static_cast<uint8_t*>(args.p.workspace) + offset);
   }
-  /// The copy of x that the CTA reads, (rows, hidden).
-  __device__ __forceinline__ size_t x() const {
-    return Layout::x + static_cast<size_t>(group % kCopies) * (2 * kMaxRows * kHidden);
+  /// Attention of the group's head, (rows, 64), and gated intermediates of the group, (rows, 256).
+  __device__ __forceinline__ uint8_t* attention() const {
+    return at<uint8_t>(Layout::attention) + group * (2 * kMaxRows * kDim);
   }
-  /// Attention of the group's head for a row, (64).
-  template <typename T>
-  __device__ __forceinline__ T* attention(int row) const {
-    return at<T>(Layout::attention) + (group * kMaxRows + row) * kDim;
-  }
+  __device__ __forceinline__ uint8_t* gated() const { return at<uint8_t>(Layout::gated) + group * (2 * kMaxRows * kMiddle); }
   /// Features of the head that are left over from its tiles, if they are few: no tile is worth its time then.
   __device__ __forceinline__ int rest() const {
     const int left = static_cast<int>(args.p.vocab % 64);

@@ -34,8 +34,7 @@ class Products {
     if (layer == 0) {
       embed(a);
     } else {
-      const size_t at = c_.x() + 2 * kColumns * c_.block;
-      gather<true>(a, at, 2 * kHidden, kLastPhase);
+      gather<true>(a, x(kColumns / 32 * c_.block), kHidden / 32, kLastPhase);
     }
     // The first warpgroup has q and the first half of k, the second v and the other half.
     float sum[32], k[16];
@@ -57,14 +56,14 @@ class Products {
     sm90::wgmma_hold(k);
     const size_t pitch = kBlocks * kFresh * 4;
     uint8_t* to = c_.at<uint8_t>(Layout::fresh) + c_.group * kMaxRows * pitch + c_.block * kFresh * 4;
-    send(sum, to + half_ * 512, pitch, phase_of(layer));
-    send(k, to + 256 + half_ * 128, pitch, phase_of(layer));
+    send(sum, to + half_ * 256, pitch, kFresh * 2, phase_of(layer));
+    send(k, to + 128 + half_ * 64, pitch, kFresh * 2, phase_of(layer));
   }
 
   /// Partial sums of `out` over the group's head.
   __device__ __forceinline__ void out(int layer, Position& ring) {
     Operand<kDim / 32> a;
-    gather<false>(a, Layout::attention + 2 * c_.group * kMaxRows * kDim, 2 * kDim, phase_of(layer));
+    gather<false>(a, c_.attention(), kDim / 32, phase_of(layer));
     share<1>(a, ring, kMiddlePhase);
   }
 
@@ -72,15 +71,16 @@ class Products {
   __device__ __forceinline__ void gate_up(int layer, Position& ring) {
     float all[32], sum[16];
     clear(all);
-    multiply_arriving(all, ring, kMiddlePhase);
-    const float scale = inverse(kMiddlePhase);
+    uint4 squares;
+    multiply_arriving(all, squares, ring, kMiddlePhase);
     add_halves(sum, all);
+    const float scale = inverse(squares, kMiddlePhase);
     float gated[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) gated[i] = silu(sum[i] * scale) * (sum[8 + i] * scale);
     const int row = row_ + 32 * half_;
     if (row < c_.rows) {
-      T* to = c_.at<T>(Layout::gated) + (c_.group * kMaxRows + row) * kMiddle + kShare * c_.block + lane_ % 4 * 8;
+      uint8_t* to = c_.gated() + place_of(row, c_.block, kMiddle / 32) + lane_ % 4 * 16;
       step::store_b128(to, vector_of<T>(gated, phase_of(layer)));
     }
     __syncwarp();
@@ -89,15 +89,16 @@ class Products {
   /// Partial sums of `down` over the group's intermediates.
   __device__ __forceinline__ void down(int layer, Position& ring) {
     Operand<kMiddle / 32> a;
-    gather<true>(a, Layout::gated + 2 * c_.group * kMaxRows * kMiddle, 2 * kMiddle, phase_of(layer));
+    gather<true>(a, c_.gated(), kMiddle / 32, phase_of(layer));
     share<kMiddle / 64>(a, ring, kLastPhase);
   }
 
   __device__ __forceinline__ void head(Position& ring) {
     const StepParams& p = c_.args.p;
     Operand<kHidden / 64> a;
-    gather_half(a, kLastPhase);
-    const float scale = inverse(kLastPhase);
+    gather<true>(a, half_of_x(), kHidden / 32, kLastPhase);
+    uint4 squares = ask_for_squares(kLastPhase);
+    const float scale = inverse(squares, kLastPhase);
     if (c_.rest() > 0) sm90::named_barrier_arrive(kLast, kConsumers + kBeside);
 #pragma unroll 1
     for (int tile = c_.cta; c_.has_tile(tile); tile += kCtas) {
@@ -188,28 +189,29 @@ class Products {
   /// Waits for a vector of each warp that sends something of x of these rows: to ask for all of it again and again holds up
   /// others. CTAs pair, pair + 4, ... of the group's blocks have sent it, of which two warps have a row.
   template <int kCount>
-  __device__ __forceinline__ void look_at_x(size_t offset, uint32_t phase) const {
+  __device__ __forceinline__ void look_at_x(const uint8_t* x, uint32_t phase) const {
     const int owner = pair_ + lane_ / 4 % 4 * 4;
     const int row = owner < c_.rows ? owner + (c_.rows - 1 - owner) / kGroups * kGroups : pair_;
     const int group = kCount == kColumns / 32 ? lane_ % 4 : lane_ % 4 * 4 + 1 + lane_ / 16 * 2;
-    poll(phase, c_.at<uint8_t>(offset) + row * (2 * kHidden) + 64 * group + lane_ % 4 * 16);
+    poll(phase, x + place_of(row, group, kHidden / 32) + lane_ % 4 * 16);
   }
 
-  /// Reads operand A, rows of `pitch` bytes, until all of it has the phase. With kPolls a few vectors are looked at first.
+  /// Reads operand A, of rows of `groups` groups, until all of it has the phase. With kPolls a few vectors are looked at
+  /// first.
   template <bool kPolls, int kCount>
-  __device__ __forceinline__ void gather(Operand<kCount>& a, size_t offset, int pitch, uint32_t phase) const {
+  __device__ __forceinline__ void gather(Operand<kCount>& a, const uint8_t* place, int groups, uint32_t phase) const {
 #pragma unroll
     for (int g = 0; g < kCount; ++g) a.v[g][0] = a.v[g][1] = make_uint4(0, 0, 0, 0);
     if (!has_rows_) return;
-    const uint8_t* from = c_.at<uint8_t>(offset) + lane_ % 4 * 16;
-    const uint8_t* first = from + first_ * pitch;
-    const uint8_t* second = from + second_ * pitch;
+    const uint8_t* from = place + lane_ % 4 * 16;
+    const uint8_t* first = from + place_of(row_, 0, groups);
+    const uint8_t* second = first + second_pitch(groups);
     if constexpr (kPolls) {
       if constexpr (kCount == kMiddle / 32) {  // 8 CTAs, rows below 32 and above
         const int row = lane_ / 8 % 2 == 1 && has_second_ ? pair_ + 32 : pair_;
-        poll(phase, from + row * pitch + lane_ % 8 * 64);
+        poll(phase, from + place_of(row, lane_ % 8, groups));
       } else {
-        look_at_x<kCount>(offset, phase);
+        look_at_x<kCount>(place, phase);
       }
     }
     uint32_t wrong;
@@ -219,11 +221,11 @@ class Products {
       wrong = 0;
       if (row_ < c_.rows) {
 #pragma unroll
-        for (int g = 0; g < kCount; ++g) a.v[g][0] = step::load_b128(first + 64 * g);
+        for (int g = 0; g < kCount; ++g) a.v[g][0] = step::load_b128(first + kGroupPitch * g);
       }
       if (row_ + 32 < c_.rows) {
 #pragma unroll
-        for (int g = 0; g < kCount; ++g) a.v[g][1] = step::load_b128(second + 64 * g);
+        for (int g = 0; g < kCount; ++g) a.v[g][1] = step::load_b128(second + kGroupPitch * g);
 #pragma unroll
         for (int g = 0; g < kCount; ++g) wrong |= a.v[g][1].x ^ phase;
       }
@@ -234,33 +236,34 @@ class Products {
     } while (__any_sync(~0u, wrong & 1));
   }
 
-  /// x, of the half of the columns that is the warpgroup's.
-  __device__ __forceinline__ void gather_half(Operand<kHidden / 64>& a, uint32_t phase) const {
-    gather<true>(a, c_.x() + half_ * kHidden, 2 * kHidden, phase);
-  }
+  /// x from a group of columns on; the first group of the warpgroup's half.
+  __device__ __forceinline__ const uint8_t* x(int group) const { return c_.at<uint8_t>(Layout::x) + kGroupPitch * group; }
+  __device__ __forceinline__ const uint8_t* half_of_x() const { return x(half_ * (kHidden / 64)); }
 
-  /// 1 / rms of the row whose sums this thread completes.
-  __device__ __forceinline__ float inverse(uint32_t phase) const {
-    if (!has_rows_) return 0.0f;
-    const uint8_t* from = squares_of(c_, half_ == 0 ? first_ : second_, lane_);
-    uint4 v;
+  /// The squares of the row whose sums this thread completes, whether they are there or not; and, when they are, 1 / rms.
+  __device__ __forceinline__ uint4 ask_for_squares(uint32_t phase) const {
+    if (!has_rows_) return make_uint4(phase, phase, phase, phase);
+    return step::load_b128(squares_of(c_, half_ == 0 ? first_ : second_, lane_));
+  }
+  __device__ __forceinline__ float inverse(uint4& squares, uint32_t phase) const {
     step::Watchdog<kTurns> watchdog;
-    do {
+    while (__any_sync(~0u, wrong_phase(squares, phase) & 1)) {
       watchdog.check();
-      v = step::load_b128(from);
-    } while (__any_sync(~0u, wrong_phase(v, phase) & 1));
-    return inverse_rms(v, c_.args.p.eps);
+      squares = ask_for_squares(phase);
+    }
+    return inverse_rms(squares, c_.args.p.eps);
   }
 
   /// A part of the half of x, 64 columns for a stage of weights: a lane's vectors of the rows that there are.
   __device__ __forceinline__ void load_part(Operand<kHidden / 64>& a, int part, const uint8_t* from) const {
     if (row_ < c_.rows) {
 #pragma unroll
-      for (int g = 2 * part; g < 2 * part + 2; ++g) a.v[g][0] = step::load_b128(from + 64 * g);
+      for (int g = 2 * part; g < 2 * part + 2; ++g) a.v[g][0] = step::load_b128(from + kGroupPitch * g);
     }
     if (row_ + 32 < c_.rows) {
 #pragma unroll
-      for (int g = 2 * part; g < 2 * part + 2; ++g) a.v[g][1] = step::load_b128(from + 32 * (2 * kHidden) + 64 * g);
+      for (int g = 2 * part; g < 2 * part + 2; ++g)
+        a.v[g][1] = step::load_b128(from + second_pitch(kHidden / 32) + kGroupPitch * g);
     }
   }
 
@@ -281,18 +284,18 @@ class Products {
 
   /// Sums over the warpgroup's half of the columns of x, 64 features, while x arrives. All parts but the last are asked for
   /// at once (registers); a stage is released as soon as it has been multiplied.
-  __device__ __forceinline__ void multiply_arriving(float (&sum)[32], Position& ring, uint32_t phase) const {
+  __device__ __forceinline__ void multiply_arriving(float (&sum)[32], uint4& squares, Position& ring, uint32_t phase) const {
     constexpr int kParts = kHidden / 128, kAtOnce = kParts - 1;
     Operand<kHidden / 64> a;
 #pragma unroll
     for (int g = 0; g < 2 * kAtOnce; ++g) a.v[g][0] = a.v[g][1] = make_uint4(0, 0, 0, 0);
-    const size_t offset = c_.x() + half_ * kHidden;
-    const uint8_t* from = c_.at<uint8_t>(offset) + row_ * (2 * kHidden) + lane_ % 4 * 16;
+    const uint8_t* from = half_of_x() + place_of(row_, 0, kHidden / 32) + lane_ % 4 * 16;
     if (has_rows_) {
-      look_at_x<kHidden / 64>(offset, phase);
+      look_at_x<kHidden / 64>(half_of_x(), phase);
 #pragma unroll
       for (int part = 0; part < kAtOnce; ++part) load_part(a, part, from);
     }
+    squares = ask_for_squares(phase);
     Position at = ring;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -352,14 +355,14 @@ class Products {
     start(sum, a, ring);
     finish(ring, kCount);
     sm90::wgmma_hold(sum);
-    constexpr int kPitch = kGroups * kColumns * 4;
-    send(sum, c_.at<uint8_t>(Layout::sums) + c_.block * kMaxRows * kPitch + c_.group * kColumns * 4 + half_ * 256, kPitch,
-         phase);
+    send(sum, c_.at<uint8_t>(Layout::sums) + place_of_sums(c_.block, 0, c_.group) + half_ * (2 * kSumsHalf), kSumsPitch,
+         kSumsHalf, phase);
   }
 
-  /// Partial sums, 32 columns in 128 bytes, to the lane's rows.
+  /// Partial sums to the lane's rows, `pitch` bytes apart; `half_pitch` bytes lie between the halves of a group of columns.
   template <int kCount>
-  __device__ __forceinline__ void send(const float (&sum)[kCount], uint8_t* to, size_t pitch, uint32_t phase) const {
+  __device__ __forceinline__ void send(const float (&sum)[kCount], uint8_t* to, size_t pitch, int half_pitch,
+                                       uint32_t phase) const {
     to += row_ * pitch + lane_ % 4 * 16;
 #pragma unroll
     for (int r = 0; r < 2; ++r, to += 32 * pitch) {
@@ -367,7 +370,7 @@ class Products {
 #pragma unroll
       for (int i = 0; i < kCount / 8; ++i) {  // 16 columns
         const float* x = sum + 8 * i + 2 * r;
-        step::store_b128(to + 64 * i, vector_of(x[0], x[1], x[4], x[5], phase));
+        step::store_b128(to + i / 2 * 64 + i % 2 * half_pitch, vector_of(x[0], x[1], x[4], x[5], phase));
       }
     }
     __syncwarp();

@@ -36,9 +36,17 @@ struct Embedding {
   }
 };
 
+/// Where partial sums of `out` and `down` of a row and a column block lie: of either half of the columns and either half of
+/// their two groups, those of 16 sources; of a source one group and then the other. So the bytes that a warp of Residual
+/// reads at a time lie in a row.
+inline constexpr int kSumsPitch = kGroups * kColumns * 4, kSumsHalf = kSumsPitch / 4;
+__device__ __forceinline__ int place_of_sums(int block, int row, int source) {
+  return (block * kMaxRows + row) * kSumsPitch + source % 4 * 512 + source / 4 * 128;
+}
+
 /// What the 16 senders of a row say of its squares: a lane's quarter. And of all 16, 1 / rms of the row.
 __device__ __forceinline__ const uint8_t* squares_of(const Cta& c, int row, int lane) {
-  return c.at<uint8_t>(Layout::squares) + row * (8 * kBlocks) + lane % 4 * 16;
+  return c.at<uint8_t>(Layout::squares) + place_of(row, 0, 1) + lane % 4 * 16;
 }
 __device__ __forceinline__ uint32_t wrong_phase(const uint4& v, uint32_t phase) {
   return (v.x ^ phase) | (v.y ^ phase) | (v.z ^ phase) | (v.w ^ phase);
@@ -71,15 +79,14 @@ class Residual {
 #pragma unroll
     for (int i = 0; i < 4; ++i) g[i] = pair_of(gain + column_of(lane_, 2 * i));
 
-    constexpr int kPerLane = kGroups / 4, kPitch = kColumns * 4;
-    const uint8_t* from = c_.at<uint8_t>(Layout::sums) +
-                          ((c_.block * kMaxRows + row_) * kGroups + lane_ / 8 * kPerLane) * kPitch + group_ * 128 +
-                          lane_ % 4 * 16;
+    constexpr int kPerLane = kGroups / 4;  // lanes 8 q to 8 q + 7 have sources 4 q to 4 q + 3
+    const uint8_t* from =
+        c_.at<uint8_t>(Layout::sums) + place_of_sums(c_.block, row_, 0) + half_ * (2 * kSumsHalf) + lane_ * 16;
     Parts<kPerLane> parts(phase);
     step::Watchdog<kTurns> watchdog;
     do {
       watchdog.check();
-      parts.load(from, kPitch, phase);
+      parts.load(from, 512, kSumsHalf, phase);
     } while (__any_sync(~0u, parts.wrong(phase) & 1));
     float sum[8];
     parts.add_up(sum);
@@ -95,15 +102,15 @@ class Residual {
       squares += x_[i] * x_[i];
       scaled[i] = x_[i] * (i % 2 == 0 ? g[i / 2].x : g[i / 2].y);
     }
-    if (lane_ < 8 * kCopies) {
-      T* to =
-          c_.at<T>(Layout::x) + (lane_ / 8 * kMaxRows + row_) * kHidden + kColumns * c_.block + 32 * group_ + lane_ % 4 * 8;
+    if (lane_ < 8) {
+      uint8_t* to =
+          c_.at<uint8_t>(Layout::x) + place_of(row_, kColumns / 32 * c_.block + group_, kHidden / 32) + lane_ % 4 * 16;
       step::store_b128(to, vector_of<T>(scaled, phase));
     }
 #pragma unroll
     for (int distance = 1; distance <= 4; distance *= 2) squares += __shfl_xor_sync(~0u, squares, distance);
     if (lane_ == 0) {
-      store_relaxed(c_.at<uint32_t>(Layout::squares) + row_ * 2 * kBlocks + 2 * c_.block + half_,
+      store_relaxed(c_.at<uint8_t>(Layout::squares) + place_of(row_, 0, 1) + 4 * (2 * c_.block + half_),
                     with_phase(squares, phase));
     }
     __syncwarp();
@@ -112,7 +119,6 @@ class Residual {
  private:
   const Cta& c_;
   float (&x_)[8];
-  static_assert(kCopies <= 4);  // lanes 0 to 7 have what is sent, and so have each eight others
   int lane_, half_, group_, row_;
 };
 

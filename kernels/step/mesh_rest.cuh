@@ -19,13 +19,13 @@ __device__ __forceinline__ void multiply_rest(const Cta& c, int warp, int lane) 
   for (int i = c.cta + kCtas * warp; i < c.rows * rest; i += kCtas * (kBeside / 32)) {
     const int row = i / rest, feature = i % rest;
     const uint4 squares = step::load_b128(squares_of(c, row, lane));
-    const T* x = c.at<T>(c.x()) + row * kHidden + lane * 8;
+    const uint8_t* x = c.at<uint8_t>(Layout::x) + place_of(row, lane / 4, kHidden / 32) + lane % 4 * 16;
     const T* weights = head + feature * kHidden + lane / 4 * 32;
     float sum = 0.0f;
 #pragma unroll
     for (int column = 0; column < kHidden; column += 256) {
       float a[8];
-      unpack_vector<T>(step::load_b128(x + column), a);
+      unpack_vector<T>(step::load_b128(x + column / 32 * kGroupPitch), a);
 #pragma unroll
       for (int k = 0; k < 8; k += 2) {
         const float2 w = pair_of(weights + column + column_of(lane, k));
