@@ -44,8 +44,8 @@ __device__ __forceinline__ void consume(const Cta& c, int warp, int lane) {
   Position ring;
 #pragma unroll 1
   for (int layer = 0; layer < layers; ++layer) {
+    if (threadIdx.x == 0 && c.has_many_keys()) c.allow(kSomeUnderWay);
     products().qkv(layer, ring);
-    if (threadIdx.x == 0) c.allow(kMoreUnderWay);
     typename Attention<T, kProbes>::Held held;
     attention().hold_first(held, ring);
     fresh().collect(layer);
@@ -53,10 +53,11 @@ __device__ __forceinline__ void consume(const Cta& c, int warp, int lane) {
     if (threadIdx.x == 0) c.allow(kMostUnderWay);
     attention().run(layer, ring, held);
     if (threadIdx.x == 0) {
-      c.allow(kUnderWay);
+      c.allow(c.has_many_keys() ? kSomeUnderWay : kUnderWay);
       atomicExch(&c.shared.layer, layer);
     }
     products().out(layer, ring);
+    if (threadIdx.x == 0 && c.has_many_keys()) c.allow(kUnderWay);
     sm90::named_barrier_sync(kUsed, kConsumers);
     residual().add(static_cast<const T*>(p.post_norm) + int64_t{layer} * kHidden, kMiddlePhase);
     products().gate_up(layer, ring);

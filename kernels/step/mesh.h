@@ -29,10 +29,11 @@ inline constexpr int kConsumerRegisters = 224, kStreamRegisters = 56;
 inline constexpr int kBeside = kThreads - kConsumers - 32;
 /// The ring of weights, keys and values.
 inline constexpr int kStages = 12, kStageBytes = 16 * 1024;
-/// Stages that may be under way: as a rule; from the sums of q, k and v on, and while gate_up multiplies; in attention.
-/// There a warp waits for every 8th stage alone. What its slot held before must have landed by then, or the parity would
-/// mislead: copies overtake each other, but not by more than the ring has beyond those 8.
-inline constexpr int kUnderWay = 1, kMoreUnderWay = 3, kMostUnderWay = 4;
+/// Stages that may be under way: as a rule; if the CTA has more than so many stages of keys, while it waits for x before q,
+/// k and v, and from attention on until `out` is sent; from x before q, k and v on, and while gate_up multiplies; in
+/// attention. There a warp waits for every 8th stage alone. What its slot held before must have landed by then, or the
+/// parity would mislead: copies overtake each other, but not by more than the ring has beyond those 8.
+inline constexpr int kUnderWay = 1, kSomeUnderWay = 2, kManyStages = 8, kMoreUnderWay = 3, kMostUnderWay = 4;
 static_assert(kMostUnderWay <= kStages - kWarps);
 /// Rows that a CTA attends at most.
 inline constexpr int kUnits = kMaxRows / kBlocks;

@@ -99,6 +99,8 @@ struct Cta {
   }
   __device__ __forceinline__ bool has_tile(int tile) const { return tile * int64_t{64} < args.p.vocab - rest(); }
 
+  /// Not kept in a register: there are none left.
+  __device__ __forceinline__ bool has_many_keys() const { return shared.key_stages > kManyStages; }
   /// How many stages may be under way: more of them hold up what CTAs tell each other. One thread; atomic, since the loading
   /// thread hears of it without a barrier.
   __device__ __forceinline__ void allow(int stages) const { atomicExch(&shared.allowed, stages); }

@@ -36,6 +36,7 @@ class Products {
     } else {
       gather<true>(a, x(kColumns / 32 * c_.block), kHidden / 32, kLastPhase);
     }
+    if (threadIdx.x == 0) c_.allow(kMoreUnderWay);
     // The first warpgroup has q and the first half of k, the second v and the other half.
     float sum[32], k[16];
     clear(sum);

@@ -8,12 +8,23 @@ namespace {
 
 using namespace step;
 
+/// How long the current device takes to read so many bytes, at 93 % of what its memory's clock and width make.
+float stage_ns(int bytes) {
+  int device = 0, clock = 0, width = 0;  // kHz, bits
+  if (cudaGetDevice(&device) != cudaSuccess) return 0.0f;
+  cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, device);
+  cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, device);
+  const float bytes_per_ns = 2e-6f * static_cast<float>(clock) * static_cast<float>(width) / 8;
+  return bytes_per_ns > 0 ? static_cast<float>(bytes) / (0.93f * bytes_per_ns) : 0.0f;
+}
+
 template <int kHeads, int kRows, bool kProbes>
 cudaError_t launch(const StepParams& p, cudaStream_t stream) {
   using S = PersistentShape<kHeads, kRows>;
   PersistentArgs args;
   args.p = p;
   args.zero = 0;
+  args.stage_ns = stage_ns(S::stage_bytes * S::ctas);
   const int64_t row = S::hidden * 2;
   const auto matrix = [&](CUtensorMap& map, const void* data, int64_t outputs, int64_t inputs) {
     return encode_matrix(map, p.dtype, data, outputs, inputs, 8, S::heads);

@@ -24,7 +24,10 @@ struct PersistentShape {
   static constexpr int consumer_registers = 208;    // 2 warps of 208 and one of 88 in each quarter of the SM: 3 of 168
   static constexpr int producer_registers = 88;
 
-  static constexpr int in_flight = 2;  // stages that the copy engine may have under way; more only delay the packets
+  // Stages that the copy engine may have under way. More only delay the packets, unless they are asked for at the pace at
+  // which memory gives them.
+  static constexpr bool paced = rows == 1;
+  static constexpr int in_flight_unpaced = 2, in_flight = paced ? 4 : in_flight_unpaced;
   static constexpr int stage_bytes = 8 * hidden * 2;  // 8 rows of weights, or `chunk` keys and values
   static constexpr int chunk = 8 * warps;             // keys of a stage
   static constexpr int chunk_groups = chunk / 16;     // of 16 keys, which a warp takes at a time
@@ -36,6 +39,10 @@ struct PersistentShape {
   static constexpr int few_keys = 64 * warps;    // up to this many in 2 parts, up to twice as many in 4
   static constexpr int slots = warps + 1;        // partial results of attention: a warp's, and the new key's
   static constexpr int slot_floats = head_dim + 2;
+
+  // Pairs of gate/up's tiles, two stages each, fetched before the projection's inputs are there. More keep the stream
+  // running while CTAs exchange results, which then takes longer.
+  static constexpr int early_pairs = paced ? 2 : rows <= 2 ? 1 : 0;
 
   static constexpr int passes = rows <= 2 ? 1 : 2;          // in which down's inputs are staged
   static constexpr int gated_words = 256 / passes;          // a row and pass; two bf16 a word
@@ -64,6 +71,7 @@ struct Mailboxes {
   static constexpr int gated_packets = 6;  // a CTA and row: 32 intermediate values
   static constexpr size_t row_packets = size_t{16} * Shape::ctas * kMaxRows;
   static constexpr size_t counter = 0;
+  static constexpr size_t pace = 128;                                              // cycles from stage to stage
   static constexpr size_t heads_qkv = 256;                                         // uint2 (heads, rows, q|k|v, 32)
   static constexpr size_t parts = heads_qkv + size_t{8} * kHeads * kMaxRows * 96;  // uint4 (rows, ctas, 11)
   static constexpr size_t x_out = parts + row_packets * part_packets;              // uint4 (rows, ctas, 2)
@@ -83,7 +91,8 @@ struct PersistentArgs {
   CUtensorMap k[2];  // 64 of a head, `chunk` or 8 positions, head, cache row, layer
   CUtensorMap v[2];
   StepParams p;
-  uint32_t zero;  // 0, but the compiler does not know
+  float stage_ns;  // in which memory gives all CTAs a stage; 0: not known
+  uint32_t zero;   // 0, but the compiler does not know
 };
 
 }  // namespace vivace::step

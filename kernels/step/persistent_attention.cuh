@@ -287,65 +287,68 @@ __device__ __forceinline__ void receive_parts(Worker<kHeads, kRows>& self, int l
   receive(
       packets, part_packets(self, 0, 0), self.tag, [](int j) { return (j / kBatch * S::ctas + j % kBatch) * kPackets; },
       [&](int j) { return j / kBatch < self.rows && reads; });
-  // The rows side by side: a row's merge is a chain of short steps.
-  float top[kRows], sum[kRows] = {}, out[kRows][6] = {};
-  auto merge = [&](int row, const uint4* v, float before) {
-    float share[kBatch];
-    top[row] = before;
+  // Two neighbouring parts as one; returns their log-sum-exp.
+  auto merge = [&](const uint4* v, float(&out)[6]) {
+    const int last = lane / 16 * 16 + kPackets - 1;
+    const float2 lse = make_float2(__uint_as_float(__shfl_sync(0xffffffffu, v[0].z, last)),
+                                   __uint_as_float(__shfl_sync(0xffffffffu, v[1].z, last)));
+    const float share[2] = {__fdividef(1.0f, 1.0f + ptx::exp2_approx(lse.y - lse.x)),
+                            __fdividef(1.0f, 1.0f + ptx::exp2_approx(lse.x - lse.y))};
+    const uint32_t words[2][3] = {{v[0].x, v[0].y, v[0].z}, {v[1].x, v[1].y, v[1].z}};
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      share[j] = __uint_as_float(__shfl_sync(0xffffffffu, v[j].z, lane / 16 * 16 + kPackets - 1));
-      top[row] = fmaxf(top[row], share[j]);
+    for (int m = 0; m < 3; ++m) {
+      const float2 x = unpack2<bf16>(words[0][m]), y = unpack2<bf16>(words[1][m]);
+      out[2 * m] = share[0] * x.x + share[1] * y.x;
+      out[2 * m + 1] = share[0] * x.y + share[1] * y.y;
     }
-    const float from = top[row] == -INFINITY ? 0.0f : top[row];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      share[j] = ptx::exp2_approx(share[j] - from);
-      sum[row] += share[j];
-      const float2 a = unpack2<bf16>(v[j].x), b = unpack2<bf16>(v[j].y), c = unpack2<bf16>(v[j].z);
-      out[row][0] += share[j] * a.x;
-      out[row][1] += share[j] * a.y;
-      out[row][2] += share[j] * b.x;
-      out[row][3] += share[j] * b.y;
-      out[row][4] += share[j] * c.x;
-      out[row][5] += share[j] * c.y;
-    }
+    return lse;
   };
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) merge(row, packets + row * kBatch, -INFINITY);
+  auto sum = [](float2 lse) {
+    const float top = fmaxf(lse.x, lse.y);
+    return top + __log2f(ptx::exp2_approx(lse.x - top) + ptx::exp2_approx(lse.y - top));
+  };
+  float2 pair[kRows];  // log-sum-exp of the first two parts
+  float lse[kRows], out[kRows][6];
+  int parts[kRows], most = kBatch;
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    const int parts = 1 << parts_log2<S>(self.lengths[row]);
+    pair[row] = merge(packets + row * kBatch, out[row]);
+    parts[row] = 1 << parts_log2<S>(self.lengths[row]);
+    most = max(most, parts[row]);
+  }
+  if (most > kBatch || self.probes != nullptr) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) lse[row] = sum(pair[row]);
+  }
 #pragma unroll 1
-    for (int first = kBatch; first < parts; first += kBatch) {
-      uint4 v[kBatch];
-      receive(
-          v, part_packets(self, row, first), self.tag, [](int j) { return j * kPackets; }, [&](int) { return reads; });
-      float new_top = top[row];
+  for (int first = kBatch; first < most; first += kBatch) {
+    uint4 v[kRows * kBatch];
+    receive(
+        v, part_packets(self, 0, first), self.tag, [](int j) { return (j / kBatch * S::ctas + j % kBatch) * kPackets; },
+        [&](int j) { return reads && first < parts[j / kBatch]; });
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        new_top = fmaxf(new_top, __uint_as_float(__shfl_sync(0xffffffffu, v[j].z, lane / 16 * 16 + kPackets - 1)));
-      }
-      const float keep = ptx::exp2_approx(top[row] - (new_top == -INFINITY ? 0.0f : new_top));
-      sum[row] *= keep;
+    for (int row = 0; row < kRows; ++row) {
+      if (first >= parts[row]) continue;
+      float more[6];
+      const float other = sum(merge(v + row * kBatch, more)), top = fmaxf(lse[row], other);
+      const float a = ptx::exp2_approx(lse[row] - top), b = ptx::exp2_approx(other - top), scale = __fdividef(1.0f, a + b);
 #pragma unroll
-      for (int m = 0; m < 6; ++m) out[row][m] *= keep;
-      merge(row, v, top[row]);
+      for (int m = 0; m < 6; ++m) out[row][m] = (a * out[row][m] + b * more[m]) * scale;
+      lse[row] = top + __log2f(a + b);
     }
   }
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     if (self.probes != nullptr && self.warp == self.head / 2 && lane == self.head % 2 * 16) {
       const int probe = find_probe(self.p, layer, self.head);
-      if (probe >= 0) self.probe_lse[probe * kRows + row] = top[row] + __log2f(sum[row]);
+      if (probe >= 0) self.probe_lse[probe * kRows + row] = lse[row];
     }
-    const float scale = __fdividef(1.0f, sum[row]);
     if (reads) {
       uint32_t* to = self.staging + row * 64 + lane / 16 * 32;
       const int k = lane % 16;
-      to[staged(3 * k)] = pack2<bf16>(out[row][0] * scale, out[row][1] * scale);
-      to[staged(3 * k + 1)] = pack2<bf16>(out[row][2] * scale, out[row][3] * scale);
-      if (k < kPackets - 1) to[staged(3 * k + 2)] = pack2<bf16>(out[row][4] * scale, out[row][5] * scale);
+      to[staged(3 * k)] = pack2<bf16>(out[row][0], out[row][1]);
+      to[staged(3 * k + 1)] = pack2<bf16>(out[row][2], out[row][3]);
+      if (k < kPackets - 1) to[staged(3 * k + 2)] = pack2<bf16>(out[row][4], out[row][5]);
     }
   }
   __syncwarp();

@@ -100,21 +100,22 @@ __device__ __forceinline__ void consume(Worker<kHeads, kRows>& self, uint64_t* a
     self.synchronize();
     send_part(self, layer);
     append(self, layer, cached, words);
+    TileWeights gate_up;
     {
       OutWeights w;
       self.template fetch<1>([&] { return load_weights(self, w); });
+      if constexpr (S::early_pairs > 0) {
+        self.template fetch<2 * S::early_pairs>([&] { return load_weights<0, S::early_pairs>(self, gate_up); });
+      }
       receive_parts(self, layer);
       multiply(self, w);
       if (layer + 1 == layers && self.probes != nullptr) sm90::barrier_arrive(attended);
     }
     self.synchronize();
     send_residual<S::row_a>(self, self.sums_a, M::x_out, gain_post);
-    {
-      TileWeights w;
-      self.template fetch<8>([&] { return load_weights(self, w); });
-      receive_inputs(self, M::x_out);
-      multiply(self, w);
-    }
+    self.template fetch<8 - 2 * S::early_pairs>([&] { return load_weights<S::early_pairs>(self, gate_up); });
+    receive_inputs(self, M::x_out);
+    multiply(self, gate_up);
     self.synchronize();
     send_gated(self);
     {

@@ -7,7 +7,7 @@
 namespace vivace::step {
 
 /// Packets of inputs, lane l with inputs 4 * l ... 4 * l + 3 of this warp's 128, to staging; their sums of squares stay with
-/// the lane until store_squares.
+/// the lane until a product sums them.
 template <int kHeads, int kRows>
 __device__ __forceinline__ void stage_inputs(Worker<kHeads, kRows>& self, const uint4 (&v)[kRows]) {
   const int at = staged(2 * self.lane);

@@ -13,12 +13,19 @@ __device__ __forceinline__ void produce(const PersistentArgs& args, Ring<Persist
   const int rows = static_cast<int>(p.rows);
 
   Ring<S> landed = ring;  // the oldest stage that may still be under way when the next is asked for
-  int asked = 0;
+  int under_way = 0, most = S::in_flight_unpaced;
+  uint32_t pace = 0, last = 0;  // cycles between stages at least; when the last one was asked for
   auto acquire = [&](uint32_t bytes) {
     barrier_wait(ring.empty + ring.slot, ring.parity ^ 1);
-    if (++asked > S::in_flight) {
+    for (; under_way >= most; --under_way) {
       landed.wait_full(0);
       landed.advance(1);
+    }
+    ++under_way;
+    if constexpr (S::paced) {
+      while (static_cast<uint32_t>(clock()) - last < pace) {
+      }
+      last = static_cast<uint32_t>(clock());
     }
     uint64_t* barrier = ring.full + ring.slot;
     sm90::barrier_expect(barrier, bytes);
@@ -47,6 +54,16 @@ __device__ __forceinline__ void produce(const PersistentArgs& args, Ring<Persist
 #pragma unroll
   for (int r = 0; r < kRows; ++r) cache[r] = r < rows ? cache_row(p, r) : CacheRow{0, 0, false};
 
+  // The pace is in cycles, of a clock that changes: each step measures it for the next one.
+  uint32_t* next_pace = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.workspace) + Mailboxes<kHeads>::pace);
+  int64_t start = 0, start_ns = 0;
+  if constexpr (S::paced) {
+    start = clock64();
+    start_ns = global_ns();
+    if (cache[0].length <= S::few_keys) pace = min(*const_cast<volatile uint32_t*>(next_pace), 4096u);
+    if (pace > 0) most = S::in_flight;
+  }
+
   for (int layer = 0; layer < layers; ++layer) {
     if (layer > 0) load_qkv(layer);
 #pragma unroll
@@ -74,6 +91,11 @@ __device__ __forceinline__ void produce(const PersistentArgs& args, Ring<Persist
     for (int i = 0; i < 4; ++i) weights(args.down, layer * S::hidden + 8 * cta, i * S::heads);
   }
   for (int tile = cta; tile < tiles; tile += S::ctas) weights(args.head, 8 * tile, 0);
+  if constexpr (S::paced) {
+    // Every CTA has read the last one: it has been heard of since.
+    const float ns = static_cast<float>(global_ns() - start_ns), cycles = static_cast<float>(clock64() - start);
+    if (cta == 0 && ns > 1e5f) *next_pace = static_cast<uint32_t>(args.stage_ns * cycles / ns);
+  }
 }
 
 }  // namespace vivace::step

@@ -5,22 +5,28 @@
 
 namespace vivace::step {
 
-/// The sums of squares of this warp's inputs. Between products and the first use of them: they are under way meanwhile.
-template <int kStride, int kHeads, int kRows>
-__device__ __forceinline__ void store_squares(const Worker<kHeads, kRows>& self, float* sums) {
-  float square[kRows];
+/// The sums of squares of this warp's inputs, over its lanes in five steps. Between products: a step waits for the one
+/// before.
+template <int kHeads, int kRows>
+struct Squares {
+  float sum[kRows];
+
+  __device__ __forceinline__ explicit Squares(const Worker<kHeads, kRows>& self) {
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) square[r] = self.squares[r];
-#pragma unroll
-  for (int m = 1; m < 32; m *= 2) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) square[r] += __shfl_xor_sync(0xffffffffu, square[r], m);
+    for (int r = 0; r < kRows; ++r) sum[r] = self.squares[r];
   }
+  __device__ __forceinline__ void step(int i) {
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (self.lane == 0) sums[(self.warp * kRows + r) * kStride + kStride - 1] = square[r];
+    for (int r = 0; r < kRows; ++r) sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1 << i);
   }
-}
+  template <int kStride>
+  __device__ __forceinline__ void store(const Worker<kHeads, kRows>& self, float* sums) const {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (self.lane == 0) sums[(self.warp * kRows + r) * kStride + kStride - 1] = sum[r];
+    }
+  }
+};
 
 /// A matrix's part of a warp: operands A, 16 outputs or twice 8 x 16 inputs each, and their products with the staged inputs.
 /// Where a CTA has 8 outputs of a matrix, A holds two parts of the inputs, and B has them in columns of their own.
@@ -36,6 +42,7 @@ __device__ __forceinline__ uint32_t load_weights(const Worker<kHeads, kRows>& se
 template <int kHeads, int kRows>
 __device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, const QkvWeights& w) {
   using S = PersistentShape<kHeads, kRows>;
+  Squares<kHeads, kRows> squares(self);
   float qk[2][4] = {}, v[2][4] = {};
   const uint32_t* inputs = staged_inputs<S, true>(self.staging, 64, 32, self.lane);
   const uint32_t* rest = staged_inputs<S, false>(self.staging, 64, 0, self.lane);
@@ -46,8 +53,10 @@ __device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, cons
     if (i < 2) ptx::mma_m16n8k16<bf16>(v[0], w.v[2 * i], x.x, x.y);
     ptx::mma_m16n8k16<bf16>(qk[1], w.qk[2 * i + 1], x.z, x.w);
     if (i < 2) ptx::mma_m16n8k16<bf16>(v[1], w.v[2 * i + 1], x.z, x.w);
+    squares.step(i);
   }
-  store_squares<S::row_a>(self, self.sums_a);
+  squares.step(4);
+  squares.template store<S::row_a>(self, self.sums_a);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     qk[0][i] += qk[1][i];
@@ -83,23 +92,26 @@ __device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, cons
   store_sums<S, S::row_a, false>(self.sums_a, self.warp, self.lane, 0, d[0]);
 }
 
-/// Eight tiles, of gate and up or of the head; sums to sums_b (warps, rows, 64).
+/// Four pairs of tiles, of gate and up or of the head; sums to sums_b (warps, rows, 64).
 struct TileWeights {
   uint32_t w[4][8][4];
 };
-template <int kHeads, int kRows>
+/// Pairs kFirst ... kEnd - 1, from the next stages.
+template <int kFirst = 0, int kEnd = 4, int kHeads, int kRows>
 __device__ __forceinline__ uint32_t load_weights(const Worker<kHeads, kRows>& self, TileWeights& w) {
+  const uint32_t inputs = 2048 * self.warp;
   uint32_t bits = 0;
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    const uint32_t inputs = 2048 * self.warp;
-    bits |= load_weights(self.ring.address(2 * n) + inputs, self.ring.address(2 * n + 1) + inputs, self.lane, w.w[n]);
+  for (int n = kFirst; n < kEnd; ++n) {
+    const int i = 2 * (n - kFirst);
+    bits |= load_weights(self.ring.address(i) + inputs, self.ring.address(i + 1) + inputs, self.lane, w.w[n]);
   }
   return bits;
 }
 template <int kHeads, int kRows>
 __device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, const TileWeights& w) {
   using S = PersistentShape<kHeads, kRows>;
+  Squares<kHeads, kRows> squares(self);
   float d[4][4] = {};
   const uint32_t* inputs = staged_inputs<S, false>(self.staging, 64, 0, self.lane);
 #pragma unroll
@@ -109,8 +121,10 @@ __device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, cons
     for (int n = 0; n < 4; ++n) ptx::mma_m16n8k16<bf16>(d[n], w.w[n][2 * i], x.x, x.y);
 #pragma unroll
     for (int n = 0; n < 4; ++n) ptx::mma_m16n8k16<bf16>(d[n], w.w[n][2 * i + 1], x.z, x.w);
+    squares.step(i);
   }
-  store_squares<S::row_b>(self, self.sums_b);
+  squares.step(4);
+  squares.template store<S::row_b>(self, self.sums_b);
 #pragma unroll
   for (int n = 0; n < 4; ++n) store_sums<S, S::row_b, true>(self.sums_b, self.warp, self.lane, 16 * n, d[n]);
 }

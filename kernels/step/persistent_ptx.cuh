@@ -23,6 +23,13 @@ __device__ __forceinline__ void store_packet(uint2* p, uint32_t x, uint32_t tag)
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
+/// %globaltimer: nanoseconds, in steps of up to a microsecond.
+__device__ __forceinline__ int64_t global_ns() {
+  int64_t ns;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+  return ns;
+}
+
 /// Looks before a wait is an error.
 inline constexpr uint32_t kMaxTurns = 1u << 23;
 

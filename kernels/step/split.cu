@@ -39,8 +39,7 @@ cudaError_t launch_parts(const StepParams& p, cudaStream_t stream) {
       !step::encode_matrix(args.out, p.dtype, p.out, p.layers * S::hidden, S::hidden, 16, S::out_blocks) ||
       !step::encode_matrix(args.down, p.dtype, p.down, p.layers * S::hidden, S::intermediate, 64, 2) ||
       !step::encode_matrix(args.head, p.dtype, p.head, p.vocab, S::hidden, S::tile, 1) ||
-      !activations(args.x, L::x, S::hidden) || !activations(args.attention, L::attention, S::hidden) ||
-      !activations(args.gated, L::gated, S::intermediate)) {
+      !activations(args.attention, L::attention, S::hidden)) {
     return cudaErrorInvalidValue;
   }
   const auto kernel = split_kernel<T, kHeads, kParts>;

@@ -42,20 +42,22 @@ struct Counters {
   static constexpr int x = launches + kMaxParts;          // (4) warpgroups that have written their part of x
   static constexpr int attended = x + kMaxParts;          // (4, 4 groups of heads) warpgroups that have finished attention
   static constexpr int gated = attended + 4 * kMaxParts;  // (4, 4 slices) warpgroups that have written their silu(gate) * up
-  static constexpr int down = gated + 4 * kMaxParts;  // (4, 32) slices that have written their sums of half a tile of `down`
+  // (4, 32) slices that have written their sums of half a tile of `down`, or will have soon: a hint when to look for them
+  static constexpr int down = gated + 4 * kMaxParts;
   static constexpr int count = down + 32 * kMaxParts, stride = 32;
 };
 
-/// Byte offsets in the workspace: of a part, and of what is behind the parts. The words of `fresh` are their own flags: they
-/// are written inverted, and 0 is the word that is not there.
+/// Byte offsets in the workspace: of a part, and of what is behind the parts. The words of `fresh` and `sums` are their own
+/// flags, and 0 is the word that is not there: those of `fresh` are written inverted, of the sums a 0 is written as -0.
 template <int kHeads>
 struct Layout {
   static constexpr size_t hidden = 64 * kHeads, workers = 8 * kHeads;
-  static constexpr size_t x = 0;                                           // (64, hidden): residual * gain
+  // x and gated are (columns / 8, 64, 8): what a warp stores at once, 8 rows of 8 columns, is a line.
+  static constexpr size_t x = 0;                                           // residual * gain
   static constexpr size_t squares = x + kPartRows * hidden * 2;            // (64, workers) fp32
   static constexpr size_t fresh = squares + kPartRows * workers * 4;       // (2 by layer, 64, heads, 3, 64): q rotated, k, v
   static constexpr size_t attention = fresh + 2 * kPartRows * hidden * 6;  // (64, hidden)
-  static constexpr size_t gated = attention + kPartRows * hidden * 2;      // (64, intermediate)
+  static constexpr size_t gated = attention + kPartRows * hidden * 2;      // silu(gate) * up
   static constexpr size_t sums = gated + kPartRows * hidden * 8;           // (workers, 4 slices, 64, 8) fp32: by owner
   static constexpr size_t part = sums + workers * 4 * kPartRows * 8 * 4;
   static constexpr size_t counters = kMaxParts * part, bytes = counters + Counters::count * Counters::stride * 4;
@@ -64,7 +66,7 @@ struct Layout {
 struct Args {
   StepParams p;
   // Matrices in blocks of 64 columns, and activations of all parts.
-  CUtensorMap qkv, out, gate_up, down, head, x[kMaxParts], attention[kMaxParts], gated[kMaxParts];
+  CUtensorMap qkv, out, gate_up, down, head, attention[kMaxParts];
   int32_t attentions = 0;  // CTAs that may attend
   int32_t signals = 0;     // what `attended` counts of a group of heads in a slot of any launch: their warpgroups
 };

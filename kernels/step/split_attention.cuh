@@ -60,7 +60,10 @@ class Attention {
   __device__ __forceinline__ bool is_odd() const { return lane_ / 4 % 2; }
 
   __device__ __forceinline__ void unit(const Row& unit, int head, int layer, Position& ring) {
-    const int keys = unit.keys, set = turn_ % 2;
+    const int set = turn_ % 2;
+    int keys = unit.keys;  // that are left
+    Stages stages;
+    load(stages, keys, ring);  // the ring goes on while q is not there
     barrier_wait(&c_.shared.begin[group_][set], turn_ / 2 % 2);
     const uint32_t fresh = ptx::shared_address(c_.shared.fresh[group_][set]);  // (3, 64): q, newest key, newest value
     uint32_t q[8];  // of piece i ^ n of column n = lane / 4, two dimensions
@@ -78,47 +81,50 @@ class Attention {
         if (lane_ % 4 == 0) state.out[i / 2][i % 2 * 2] = is_odd() ? v.y : v.x;
       }
     }
-    int first = 0;
-    for (; first + 64 < keys; first += 128) stages<2>(state, q, keys - first, ring);
-    if (first < keys) stages<1>(state, q, keys - first, ring);
+    for (; keys > 64; keys -= 128) {
+      multiply<2>(state, q, stages, keys);
+      load(stages, keys - 128, ring);
+    }
+    if (keys > 0) multiply<1>(state, q, stages, keys);
 
     store(state, c_.shared.merged[group_][set] + warp_ * State::kFloats);
     probe(unit, head, layer);
     sm90::barrier_arrive(&c_.shared.end[group_][set]);  // the rest is the courier's
   }
 
-  /// The next kCount stages, with keys of a row in the first `keys` places.
+  /// This warp's keys and values of two stages, as operands of the products.
+  struct Stages {
+    uint32_t k[2][4][4], v[2][4][4];
+  };
+  /// The next two stages, as far as there are `keys`; the ring has them back at once, so that there is always something to
+  /// read from memory.
+  __device__ __forceinline__ void load(Stages& stages, int keys, Position& ring) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (keys <= 64 * i) return;
+      const uint32_t address = ptx::shared_address(c_.ring + (group_ * S::attention_stages + ring.slot) * kStageBytes);
+      barrier_wait(&c_.shared.full[group_][ring.slot], ring.parity);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) ptx::ldmatrix_x4(stages.k[i][j], (address + keys_at_) ^ (32 * j));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) ptx::ldmatrix_x4_trans(stages.v[i][j], (address + values_at_) ^ (32 * j));
+      __syncwarp();
+      if (lane_ == 0) sm90::barrier_arrive(&c_.shared.empty[group_][ring.slot]);
+      ring.next(S::attention_stages);
+    }
+  }
+
+  /// kCount stages, with keys of a row in the first `keys` places.
   template <int kCount>
-  __device__ __forceinline__ void stages(Columns& state, const uint32_t (&q)[8], int keys, Position& ring) const {
-    Position at = ring;
-    uint32_t address[kCount];
+  __device__ __forceinline__ void multiply(Columns& state, const uint32_t (&q)[8], Stages& stages, int keys) const {
     float score[2 * kCount];  // of keys 16 warp + lane / 4 + 8 (i % 2) of stage i / 2, if has_scores()
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      address[i] = ptx::shared_address(c_.ring + (group_ * S::attention_stages + at.slot) * kStageBytes);
-      barrier_wait(&c_.shared.full[group_][at.slot], at.parity);
-      at.next(S::attention_stages);
       float s[2][4] = {};
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        uint32_t k[4];
-        ptx::ldmatrix_x4(k, (address[i] + keys_at_) ^ (32 * j));
-        ptx::mma_m16n8k16<T>(s[j % 2], k, q[2 * j], q[2 * j + 1]);
-      }
+      for (int j = 0; j < 4; ++j) ptx::mma_m16n8k16<T>(s[j % 2], stages.k[i][j], q[2 * j], q[2 * j + 1]);
       score[2 * i] = is_odd() ? s[0][1] + s[1][1] : s[0][0] + s[1][0];
       score[2 * i + 1] = is_odd() ? s[0][3] + s[1][3] : s[0][2] + s[1][2];
-    }
-    uint32_t v[kCount][4][4];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) ptx::ldmatrix_x4_trans(v[i][j], (address[i] + values_at_) ^ (32 * j));
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (lane_ == 0) sm90::barrier_arrive(&c_.shared.empty[group_][ring.slot]);
-      ring.next(S::attention_stages);
     }
 
     float largest = state.max;
@@ -144,15 +150,15 @@ class Attention {
         const auto mask = [&](int key) { return (key < here ? 0xffffu : 0u) | (key + 1 < here ? 0xffff0000u : 0u); };
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          v[i][j][0] &= mask(first);
-          v[i][j][1] &= mask(first);
-          v[i][j][2] &= mask(first + 8);
-          v[i][j][3] &= mask(first + 8);
+          stages.v[i][j][0] &= mask(first);
+          stages.v[i][j][1] &= mask(first);
+          stages.v[i][j][2] &= mask(first + 8);
+          stages.v[i][j][3] &= mask(first + 8);
         }
       }
       const uint32_t low = is_odd() ? e << 16 : e & 0xffff, high = is_odd() ? e & 0xffff0000 : e >> 16;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) ptx::mma_m16n8k16<T>(state.out[j], v[i][j], low, high);
+      for (int j = 0; j < 4; ++j) ptx::mma_m16n8k16<T>(state.out[j], stages.v[i][j], low, high);
     }
   }
 

@@ -170,10 +170,18 @@ __device__ __forceinline__ void load_activations(const ProductCta<S>& c) {
                       sm90::kEvictLast);
     at.next(S::groups);
   };
-  const auto load = [&](const CUtensorMap& map, int first) {
+  const auto load = [&](const uint8_t* from) {
     fence_async_global();
-    for (int b = 0; b < S::blocks; b += S::group) load_group(map, first + b);
+    constexpr int kBytes = S::group * S::block_bytes;
+    for (int b = 0; b < S::blocks; b += S::group) {
+      barrier_wait(&c.shared.x_empty[at.slot], at.parity ^ 1);
+      sm90::barrier_expect(&c.shared.x_full[at.slot], kBytes);
+      bulk_load(c.x + at.slot * kBytes, from + b * S::block_bytes, kBytes, &c.shared.x_full[at.slot], sm90::kEvictLast);
+      at.next(S::groups);
+    }
   };
+  using L = Layout<S::heads>;
+  const auto x_of = [&](int part) { return c.template at<const uint8_t>(part, L::x); };
   // Counts since the workspace was zeroed: of launches before this one, and what this one has added.
   const uint32_t* before = c.shared.before;
   uint32_t x[S::parts];
@@ -186,7 +194,7 @@ __device__ __forceinline__ void load_activations(const ProductCta<S>& c) {
   };
   for (int part = 0; part < S::parts; ++part) {
     wait_x(part);
-    load(args.x[part], 0);
+    load(x_of(part));
   }
   const int sums = Counters::down + c.cta / 4 * 2 + c.cta % 4 / 2;  // of the half tile with this CTA's 16 features
   for (uint32_t layer = 0; layer < layers; ++layer) {
@@ -198,16 +206,16 @@ __device__ __forceinline__ void load_activations(const ProductCta<S>& c) {
         load_group(args.attention[part], group * S::group);
       }
       wait_x(part);
-      load(args.x[part], 0);
+      load(x_of(part));
       wait_counter(c.counter(Counters::gated + 4 * part + c.slice), 2 * S::heads * n);
-      load(args.gated[part], c.slice * S::blocks);
+      load(c.template at<const uint8_t>(part, L::gated) + c.slice * S::blocks * S::block_bytes);
       wait_counter(c.counter(sums + 32 * part), S::slices * n);
       sm90::barrier_arrive(&c.shared.ready);
       wait_x(part);
       if (layer + 1 < layers) {
-        load(args.x[part], 0);
+        load(x_of(part));
       } else {
-        for (int tile = c.cta; c.has_tile(tile); tile += S::products) load(args.x[part], 0);
+        for (int tile = c.cta; c.has_tile(tile); tile += S::products) load(x_of(part));
       }
     }
   }

@@ -85,6 +85,12 @@ struct Cta {
     return reinterpret_cast<P*>(static_cast<uint8_t*>(args.p.workspace) + part * L::part + offset);
   }
 
+  /// Where 8 columns of a row are in x or silu(gate) * up, (columns / 8, 64, 8).
+  template <typename T>
+  __device__ __forceinline__ T* eight(int part, size_t matrix, int row, int column) const {
+    return at<T>(part, matrix) + (column / 8 * kPartRows + row) * 8;
+  }
+
   /// q, k and v of a row and head in a layer.
   __device__ __forceinline__ uint8_t* fresh(int layer, int part, int row, int head) const {
     return at<uint8_t>(part, L::fresh) + ((layer % 2 * kPartRows + row) * S::heads + head) * int64_t{3 * 128};

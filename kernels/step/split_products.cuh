@@ -164,7 +164,7 @@ class Products {
   __device__ __forceinline__ void out(int layer, int part) {
     const float2 gain = pair(c_.args.p.post_norm, int64_t{layer} * S::hidden + 8 * worker_ + feature_);
     float acc[4];
-    multiply<8, S::out_blocks>(acc, 2048, group_ * 1024);
+    multiply<8, S::out_blocks, true>(acc, 2048, group_ * 1024);
 #pragma unroll
     for (int i = 0; i < 4; ++i) parts_[0].residual[i] += acc[i];
     send_residual(gain, part);
@@ -180,11 +180,12 @@ class Products {
       const int row = row_ + 8 * i;
       const float scale = c_.shared.inverse[row];
       if (!has(i, part)) continue;
-      T* to = c_.template at<T>(part, L::gated) + row * S::intermediate + 32 * worker_ + feature_;
+      T* to = c_.template eight<T>(part, L::gated, row, 32 * worker_) + feature_;
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         const float* gate = acc + 4 * u + 2 * i;
-        store(to + 8 * u, silu(gate[0] * scale) * (gate[16] * scale), silu(gate[1] * scale) * (gate[17] * scale));
+        store(to + kPartRows * 8 * u, silu(gate[0] * scale) * (gate[16] * scale),
+              silu(gate[1] * scale) * (gate[17] * scale));
       }
     }
     signal(Counters::gated + 4 * part + c_.slice);
@@ -199,10 +200,13 @@ class Products {
       float* to = sums(part, 8 * c_.tile + 4 * group_ + u, c_.slice);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (has(i, part)) *reinterpret_cast<float2*>(to + 64 * i) = make_float2(acc[4 * u + 2 * i], acc[4 * u + 2 * i + 1]);
+        const float a = acc[4 * u + 2 * i], b = acc[4 * u + 2 * i + 1];
+        const float2 sum = make_float2(a == 0.0f ? -0.0f : a, b == 0.0f ? -0.0f : b);
+        if (has(i, part)) store_relaxed(reinterpret_cast<float2*>(to + 64 * i), sum);
       }
     }
-    signal(Counters::down + 32 * part + 2 * c_.tile + group_);
+    sm90::named_barrier_sync(1 + group_, 128);
+    if (warp_ == 0 && lane_ == 0) add_relaxed(c_.counter(Counters::down + 32 * part + 2 * c_.tile + group_));
   }
   __device__ __forceinline__ void add_down(int layer, int part) {
     const StepParams& p = c_.args.p;
@@ -210,15 +214,25 @@ class Products {
     const float2 gain =
         pair(last ? p.norm : p.input_norm, (last ? 0 : int64_t{layer + 1} * S::hidden) + 8 * worker_ + feature_);
     wait_ready();
-    float2 from[S::slices][2];
+    float2 from[S::slices][2] = {};
+    const auto each = [&](auto&& body) {
 #pragma unroll
-    for (int s = 0; s < S::slices; ++s) {
+      for (int s = 0; s < S::slices; ++s) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        from[s][i] = has(i, part) ? __ldcg(reinterpret_cast<const float2*>(sums(part, worker_, s) + 64 * i))
-                                  : make_float2(0.0f, 0.0f);
+        for (int i = 0; i < 2; ++i) {
+          if (has(i, part)) body(from[s][i], reinterpret_cast<float2*>(sums(part, worker_, s) + 64 * i));
+        }
       }
+    };
+    step::Watchdog<kMaxTurns> watchdog;
+    for (bool there = false; !there; watchdog.check()) {
+      there = true;
+      each([](float2& to, const float2* at) { to = load_relaxed(at); });
+      each([&](float2 x, const float2*) { there = there && is_there(x); });
+      there = all_lanes(there);
     }
+    // Armed for the next layer: whoever writes there has heard of the x that follows.
+    each([](float2, float2* at) { store_relaxed(at, make_float2(0.0f, 0.0f)); });
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float2 sum = from[0][i];
@@ -289,7 +303,7 @@ class Products {
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       if (!has(i, part)) continue;
-      store(c_.template at<T>(part, L::x) + row * S::hidden + 8 * worker_ + feature_, a * gain.x, b * gain.y);
+      store(c_.template eight<T>(part, L::x, row, 8 * worker_) + feature_, a * gain.x, b * gain.y);
       if (feature_ == 0) c_.template at<float>(part, L::squares)[row * S::workers + worker_] = sum;
     }
     signal(Counters::x + part);
@@ -340,9 +354,9 @@ class Products {
     sm90::named_barrier_sync(3, 256);
   }
 
-  /// sum = x (64, hidden) times kN features; a stage of the ring has kPerStage blocks, `block_bytes` apart, which begin at
-  /// `offset`, eights of features 1024 bytes apart, swizzled.
-  template <int kN, int kPerStage>
+  /// sum = x (64, hidden) times kN features; x in blocks of 64 columns, swizzled rows or eights of columns. A stage of the
+  /// ring has kPerStage blocks, `block_bytes` apart, which begin at `offset`, eights of features 1024 bytes apart, swizzled.
+  template <int kN, int kPerStage, bool kSwizzled = false>
   __device__ __forceinline__ void multiply(float (&sum)[kN / 2], uint32_t block_bytes, uint32_t offset) {
     constexpr int kStep = kPerStage < S::group ? kPerStage : S::group;
 #pragma unroll
@@ -358,9 +372,10 @@ class Products {
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
         const uint64_t w = sm90::wgmma_descriptor(stage + i * block_bytes, 0);
-        const uint64_t a = sm90::wgmma_descriptor(x + i * S::block_bytes, 0);
+        const uint64_t a = kSwizzled ? sm90::wgmma_descriptor(x + i * S::block_bytes, 0) : eights(x + i * S::block_bytes);
+        constexpr int kNext = kSwizzled ? 2 : 2 * kPartRows;  // 16 columns further, in 16 bytes
 #pragma unroll
-        for (int k = 0; k < 4; ++k) sm90::Wgmma<T, kN>::ss(sum, a + 2 * k, w + 2 * k, true);  // 32 bytes further
+        for (int k = 0; k < 4; ++k) sm90::Wgmma<T, kN>::ss(sum, a + kNext * k, w + 2 * k, true);
       }
       sm90::wgmma_commit();
       sm90::wgmma_wait<1>();
@@ -374,6 +389,11 @@ class Products {
     sm90::wgmma_wait<0>();
     release(stage_read, x_read);
     sm90::wgmma_hold(sum);
+  }
+  /// Descriptor of (columns / 8, 64 rows, 8): not swizzled, 8 rows are 128 bytes, the next 8 columns 64 rows further.
+  static __device__ __forceinline__ uint64_t eights(uint32_t address) {
+    return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(kPartRows) << 16 |
+           uint64_t{128 >> 4} << 32;
   }
   __device__ __forceinline__ void release(int stage, int x) const {
     if (lane_ != 0) return;

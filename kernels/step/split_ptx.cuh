@@ -18,9 +18,22 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
+/// ld.relaxed.gpu
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
+  uint32_t x;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+/// fence.acquire.gpu: what was released with the values that relaxed loads have seen happened before what follows. It costs
+/// nothing that ld.acquire does not, where fence.acq_rel would wait for this thread's own accesses, too.
+__device__ __forceinline__ void fence_acquire() { asm volatile("fence.acquire.gpu;" ::: "memory"); }
 /// red.release.gpu.add
 __device__ __forceinline__ void add_release(uint32_t* p, uint32_t n = 1) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(n) : "memory");
+}
+/// red.relaxed.gpu.add
+__device__ __forceinline__ void add_relaxed(uint32_t* p, uint32_t n = 1) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(n) : "memory");
 }
 /// ld.relaxed.gpu: 16 bytes whose words are there or not, each for itself.
 __device__ __forceinline__ uint4 load_relaxed(const uint4* p) {
@@ -31,7 +44,17 @@ __device__ __forceinline__ uint4 load_relaxed(const uint4* p) {
                : "memory");
   return x;
 }
+/// The same of two sums: 0 (not -0) is one that is not there.
+__device__ __forceinline__ float2 load_relaxed(const float2* p) {
+  float2 x;
+  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(p) : "memory");
+  return x;
+}
+__device__ __forceinline__ bool is_there(float2 x) { return __float_as_uint(x.x) != 0 && __float_as_uint(x.y) != 0; }
 /// st.relaxed.gpu
+__device__ __forceinline__ void store_relaxed(float2* p, float2 x) {
+  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x.x), "f"(x.y) : "memory");
+}
 __device__ __forceinline__ void store_relaxed(uint4* p, uint4 x) {
   asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
                : "memory");
@@ -47,7 +70,8 @@ __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy
 /// Waits until a counter has come to `target`; counters may wrap.
 __device__ __forceinline__ void wait_counter(const uint32_t* counter, uint32_t target) {
   step::Watchdog<kMaxTurns> watchdog;
-  while (static_cast<int32_t>(load_acquire(counter) - target) < 0) watchdog.check();
+  while (static_cast<int32_t>(load_relaxed(counter) - target) < 0) watchdog.check();
+  fence_acquire();
 }
 
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {

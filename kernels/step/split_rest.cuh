@@ -19,13 +19,12 @@ __device__ __forceinline__ void multiply_rest(const ProductCta<S>& c, int warp, 
     for (int i = 2 * c.cta + warp; i < c.rows_of(part) * rest; i += 2 * S::products) {
       const int row = i / rest;
       const int64_t feature = p.vocab - rest + i % rest;
-      const T* x = c.template at<const T>(part, L::x) + row * S::hidden;
       const T* w = static_cast<const T*>(p.head) + feature * S::hidden;
       const float* squares = c.template at<const float>(part, L::squares) + row * S::workers;
       float sum = 0.0f, square = 0.0f;
       for (int k = 8 * lane; k < S::hidden; k += 256) {
         float a[8], b[8];
-        unpack_vector<T>(__ldcg(reinterpret_cast<const uint4*>(x + k)), a);
+        unpack_vector<T>(__ldcg(reinterpret_cast<const uint4*>(c.template eight<const T>(part, L::x, row, k))), a);
         unpack_vector<T>(*reinterpret_cast<const uint4*>(w + k), b);
 #pragma unroll
         for (int d = 0; d < 8; ++d) sum += a[d] * b[d];

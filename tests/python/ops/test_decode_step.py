@@ -290,6 +290,19 @@ def test_the_same_step_twice_gives_the_same_bits(target):
         assert torch.equal(model.step(state, family), first)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [0, 300, 512, 513])
+def test_a_paced_step_gives_the_bits_of_the_first(length):
+    """The persistent kernel paces one row's weights by what the step before has measured, where that was long."""
+    model = Model(dataclasses.replace(T3, layers=16), torch.bfloat16, "cuda", 600, 2)
+    state = make_state(model, [length])
+    first = model.step(state, family=1)
+    for _ in range(20):
+        assert torch.equal(model.step(state, family=1), first)
+    pace = model.workspaces[1][128:132].view(torch.int32).item()
+    assert 0 < pace <= 4096, pace  # Mailboxes::pace, in cycles
+
+
 def test_padding_and_full_rows_do_nothing(target, dtype):
     device, family = target
     model = Model(shape_on(device), dtype, device, 20, 6)
