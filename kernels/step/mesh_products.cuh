@@ -348,7 +348,7 @@ class Products {
     sm90::named_barrier_sync(kPair + pair_, 64);
   }
 
-  /// kStages stages of 128 features times 64 columns; a warpgroup has half of the features.
+  /// kCount stages of 128 features times 64 columns; a warpgroup has half of the features.
   template <int kCount>
   __device__ __forceinline__ void share(const Operand<2 * kCount>& a, Position& ring, uint32_t phase) const {
     float sum[32];

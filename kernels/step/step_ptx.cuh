@@ -19,7 +19,7 @@ __device__ __forceinline__ uint8_t* dynamic_shared() {
 /// ptxas (13.0) keeps all warps to the registers of the launch bounds, whatever setmaxnreg gives them, and spills.
 __device__ __forceinline__ void fail() { asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory"); }
 
-/// Ends a wait that can only be a deadlock: kTurns looks are some seconds.
+/// Ends a wait that can only be a deadlock: kTurns looks are a second and more, a step takes milliseconds.
 template <uint32_t kTurns>
 struct Watchdog {
   uint32_t turns = 0;
