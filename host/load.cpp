@@ -91,7 +91,7 @@ void Engine::Worker::load() {
 void Engine::Worker::load_cache() {
   const auto allocate = [&](bool scratch) {
     const int64_t rows = options.max_rows + (scratch ? 1 : 0);
-    const int64_t bytes = model->cache_bytes_per_position() * options.capacity * rows;
+    const int64_t bytes = model->cache_bytes_per_position() * model->cache_pitch(options.capacity) * rows;
     const int64_t available = free_memory(model->device());
     check(bytes <= available, kOp, "the KV cache needs ", gib(bytes), " (", rows, " rows of ", options.capacity,
           " positions, ", model->cache_bytes_per_position(), " bytes each), ", model->device().str(), " has ",

@@ -94,6 +94,10 @@ int64_t Model::cache_bytes_per_position() const {
   return 2 * model.num_layers * model.num_kv_heads * model.head_dim * static_cast<int64_t>(c10::elementSize(dtype_));
 }
 
+int64_t Model::cache_pitch(int64_t capacity) const {
+  return decoder_ != nullptr && capacity % 256 == 0 ? capacity + 8 : capacity;
+}
+
 at::Tensor Model::encode_voice(const Voice& voice, float emotion) {
   const auto speaker = at::tensor(at::ArrayRef<float>(voice.speaker_emb)).unsqueeze(0).to(device_);
   const auto prompt = upload(voice.prompt_tokens, device_).unsqueeze(0);
@@ -109,8 +113,9 @@ std::pair<at::Tensor, at::Tensor> Model::new_cache(int64_t rows, int64_t capacit
   if (decoder_ != nullptr) {
     const auto& m = manifest_.model;
     const auto one = [&] {
-      return at::zeros({m.num_layers, rows, m.num_kv_heads, capacity, m.head_dim},
+      return at::zeros({m.num_layers, rows, m.num_kv_heads, cache_pitch(capacity), m.head_dim},
                        at::TensorOptions().dtype(dtype_).device(device_))
+          .narrow(3, 0, capacity)
           .transpose(2, 3);
     };
     return {one(), one()};

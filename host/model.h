@@ -42,6 +42,9 @@ class Model {
 
   /// Bytes of the keys and values of one position of one row.
   int64_t cache_bytes_per_position() const;
+  /// Positions from one head's keys to the next one's: a distance of a power of two of KiB makes a token step of many rows
+  /// 0.6 % slower, since all multiprocessors then read from the same part of the memory at a time.
+  int64_t cache_pitch(int64_t capacity) const;
 
   /// (length, hidden) from a voice: speaker, perceiver, emotion.
   at::Tensor encode_voice(const Voice& voice, float emotion);

@@ -1,4 +1,4 @@
-// Tokens of vocabularies up to kSharedVocab are drawn by race.cuh. Larger ones, and probabilities, take one CTA a request,
+// Tokens of vocabularies up to kDrawVocab are drawn by race.cuh. Larger ones, and probabilities, take one CTA a request,
 // whose sums and extrema are taken in a fixed order that depends on the vocabulary alone: up to kSharedVocab its entries lie
 // in shared memory, larger ones are computed anew from the logits in each pass. Nothing is sorted: top-k and top-p are
 // thresholds (threshold.cuh).
@@ -85,7 +85,7 @@ __device__ __forceinline__ void filter_request(const SampleParams& p, int64_t r,
     }
   } else {
     // min-p in units of the largest probability, which is always kept.
-    float cutoff = fminf(fmaxf(request.min_p, 0.0f), 1.0f);
+    const float cutoff = request.cutoff();
     Threshold<kThreads, 1> threshold(slots);
     uint32_t most_k = threshold.kAll, most_p = threshold.kAll;
     if (request.top_k > 0 && request.top_k < vocab) {
@@ -139,6 +139,7 @@ __device__ __forceinline__ void filter_request(const SampleParams& p, int64_t r,
   if (p.tokens != nullptr && thread == 0) {
     RequestState state;
     state.load(p, r, request);
+    state.prepare(p, request);
     state.finish(p, r, token);
   }
 }
@@ -152,33 +153,48 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const __grid_consta
   ptx::grid_dependency_wait();
   BlockReduce reduce(slots);
   for (int64_t r = blockIdx.x; r < p.requests; r += gridDim.x) {
-    const DrawRequest request(p, r);
+    const DrawRequest request = DrawRequest::load(p, r);
     if (request.padding(p)) continue;
     filter_request<T, kShared>(p, r, request, kept, threshold_slots, reduce);
     __syncthreads();  // before `kept` takes the next request
   }
 }
 
-/// Vocabularies up to kSharedVocab, drawing tokens: kCluster CTAs a request.
+/// The threads of a CTA, and how many times four entries each has, where kCluster CTAs share up to kDrawVocab: T3's 8,194
+/// entries are a few more than a power of two.
+constexpr int64_t kDrawVocab = 8704;
+template <int kCluster>
+inline constexpr int kDrawThreads = kCluster == 8 ? 288 : 544;
+template <int kCluster>
+inline constexpr int kDrawRounds = static_cast<int>((kDrawVocab + 4 * kDrawThreads<kCluster> * kCluster - 1) /
+                                                    (4 * kDrawThreads<kCluster> * kCluster));
+
+/// Vocabularies up to kDrawVocab, drawing tokens: kCluster CTAs a request.
 template <typename T, int kCluster>
-__global__ void __launch_bounds__(kThreads, 1) draw_kernel(const __grid_constant__ SampleParams p) {
+__global__ void __launch_bounds__(kDrawThreads<kCluster>, 1)
+    draw_kernel(const __grid_constant__ SampleParams p, bool pairs) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (kCluster > 1)
     return;  // there are no clusters
   else
 #endif
   {
-    constexpr int kRounds = static_cast<int>((kSharedVocab + 4 * kThreads * kCluster - 1) / (4 * kThreads * kCluster));
+    constexpr int kThreads = kDrawThreads<kCluster>;
     using Reduce = RequestReduce<kThreads, kCluster>;
     __shared__ typename Reduce::Slots race_slots;
-    __shared__ typename Threshold<kThreads, kCluster>::Slots threshold_slots;
     Reduce reduce(race_slots);
     ptx::grid_dependency_wait();
-    const int64_t r = blockIdx.x / kCluster;
-    const DrawRequest request(p, r);
-    if (request.padding(p)) return;
-    draw_request<T, kThreads, kCluster, kRounds>(p, r, request, threshold_slots, reduce);
+    draw_request<T, kThreads, kCluster, kDrawRounds<kCluster>>(p, pairs, static_cast<int>(blockIdx.x) / kCluster, reduce);
   }
+}
+
+/// Whether no stride leaves 32 bits.
+bool has_short_strides(const SampleParams& p) {
+  for (const int64_t stride : {p.cfg_weight_stride, p.temperature_stride, p.repetition_penalty_stride, p.min_p_stride,
+                               p.top_p_stride, p.top_k_stride, p.seed_stride, p.step_stride}) {
+    if (stride != static_cast<int32_t>(stride)) return false;
+  }
+  return true;
 }
 
 /// CTAs a request: what the machine has idle, up to 8.
@@ -201,13 +217,13 @@ Device current_device() {
   return d;
 }
 
-template <typename Kernel>
-cudaError_t launch(Kernel kernel, unsigned grid, size_t shared, int cluster, bool dependent, const SampleParams& p,
-                   cudaStream_t stream) {
+template <typename Kernel, typename... Args>
+cudaError_t launch(Kernel kernel, unsigned grid, int threads, size_t shared, int cluster, bool dependent,
+                   cudaStream_t stream, const Args&... args) {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = attributes;
@@ -222,18 +238,26 @@ cudaError_t launch(Kernel kernel, unsigned grid, size_t shared, int cluster, boo
     attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   }
-  return cudaLaunchKernelEx(&config, kernel, p);
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <typename T, int kCluster>
+cudaError_t launch_draw(const SampleParams& p, bool dependent, cudaStream_t stream) {
+  const unsigned grid = static_cast<unsigned>(p.requests) * kCluster;
+  const bool pairs = p.logits_dtype == DType::kFloat32 && p.vocab % 2 == 0 && p.logits_stride % 2 == 0 &&
+                     p.seen_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.logits) % 8 == 0 &&
+                     reinterpret_cast<uintptr_t>(p.seen) % 2 == 0;
+  return launch(draw_kernel<T, kCluster>, grid, kDrawThreads<kCluster>, 0, kCluster, dependent, stream, p, pairs);
 }
 
 template <typename T>
 cudaError_t launch_draw(const SampleParams& p, int cluster, bool dependent, cudaStream_t stream) {
-  const unsigned requests = static_cast<unsigned>(p.requests);
   if constexpr (sizeof(T) < sizeof(float)) cluster = 1;  // what decode_step gives is fp32
   switch (cluster) {
-    case 1: return launch(draw_kernel<T, 1>, requests, 0, 1, dependent, p, stream);
-    case 2: return launch(draw_kernel<float, 2>, 2 * requests, 0, 2, dependent, p, stream);
-    case 4: return launch(draw_kernel<float, 4>, 4 * requests, 0, 4, dependent, p, stream);
-    case 8: return launch(draw_kernel<float, 8>, 8 * requests, 0, 8, dependent, p, stream);
+    case 1: return launch_draw<T, 1>(p, dependent, stream);
+    case 2: return launch_draw<float, 2>(p, dependent, stream);
+    case 4: return launch_draw<float, 4>(p, dependent, stream);
+    case 8: return launch_draw<float, 8>(p, dependent, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -247,15 +271,16 @@ cudaError_t sample_cuda(const SampleParams& p, cudaStream_t stream, int cluster)
   const bool hopper = device.capability >= 90;  // clusters and programmatic dependent launch
   return for_float_dtype(p.logits_dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (p.vocab <= kSharedVocab && p.tokens != nullptr && p.requests <= 65535) {
+    if (p.vocab <= kDrawVocab && p.tokens != nullptr && p.requests <= 65535 && has_short_strides(p)) {
       if (cluster == 0) cluster = hopper ? cluster_of(p.requests, device.multiprocessors) : 1;
       return launch_draw<T>(p, cluster, hopper, stream);
     }
     const unsigned grid = grid_x(p.requests);
     if (p.vocab <= kSharedVocab) {
-      return launch(sample_kernel<T, true>, grid, static_cast<size_t>(p.vocab) * sizeof(float), 1, hopper, p, stream);
+      return launch(sample_kernel<T, true>, grid, kThreads, static_cast<size_t>(p.vocab) * sizeof(float), 1, hopper, stream,
+                    p);
     }
-    return launch(sample_kernel<T, false>, grid, 0, 1, hopper, p, stream);
+    return launch(sample_kernel<T, false>, grid, kThreads, 0, 1, hopper, stream, p);
   });
 }
 

@@ -11,14 +11,13 @@ using namespace mesh;
 bool encode_all(Args& args) {
   const StepParams& p = args.p;
   constexpr int64_t kRow = kHidden * 2;
-  bool done =
-      step::encode_matrix(args.qkv, p.dtype, p.qkv, p.layers * 3 * kHidden, kHidden, kDim, kColumns / 64) &&
-      step::encode_matrix(args.out, p.dtype, p.out, p.layers * kHidden, kHidden, kColumns, 1) &&
-      step::encode_matrix(args.down, p.dtype, p.down, p.layers * kHidden, kIntermediate, kColumns, 1) &&
-      // 64 columns of either half, of gate and of up
-      sm90::encode_tensor_map(args.gate_up, p.dtype, p.gate_up, {kHidden / 2, kIntermediate, 2, 2, p.layers},
-                              {kRow, kIntermediate * kRow, kHidden, 2 * kIntermediate * kRow}, {64, kShare, 2, 2, 1}) &&
-      sm90::encode_tensor_map(args.head, p.dtype, p.head, {kHidden / 2, p.vocab, 2}, {kRow, kHidden}, {64, 64, 2});
+  bool done = step::encode_matrix(args.qkv, p.dtype, p.qkv, p.layers * 3 * kHidden, kHidden, kDim, kColumns / 64) &&
+              step::encode_matrix(args.out, p.dtype, p.out, p.layers * kHidden, kHidden, kColumns, 1) &&
+              step::encode_matrix(args.down, p.dtype, p.down, p.layers * kHidden, kIntermediate, kColumns, 1) &&
+              // 64 columns of either half, of gate and of up
+              step::encode_map(args.gate_up, p.dtype, p.gate_up, {kHidden / 2, kIntermediate, 2, 2, p.layers},
+                               {kRow, kIntermediate * kRow, kHidden, 2 * kIntermediate * kRow}, {64, kShare, 2, 2, 1}) &&
+              step::encode_map(args.head, p.dtype, p.head, {kHidden / 2, p.vocab, 2}, {kRow, kHidden}, {64, 64, 2});
   for (int i = 0; i < 8; ++i) {
     done = done && step::encode_cache(args.keys[i], p, p.k_cache, p.k_stride, 8 * i + 8) &&
            step::encode_cache(args.values[i], p, p.v_cache, p.v_stride, 8 * i + 8);

@@ -20,7 +20,6 @@
 #include "kernels/step/mesh_load.cuh"
 #include "kernels/step/mesh_products.cuh"
 #include "kernels/step/mesh_rest.cuh"
-#include "kernels/step/mesh_touch.cuh"
 
 namespace vivace::mesh {
 
@@ -52,10 +51,7 @@ __device__ __forceinline__ void consume(const Cta& c, int warp, int lane) {
     sm90::named_barrier_sync(kReady, kConsumers);
     if (threadIdx.x == 0) c.allow(kMostUnderWay);
     attention().run(layer, ring, held);
-    if (threadIdx.x == 0) {
-      c.allow(c.has_many_keys() ? kSomeUnderWay : kUnderWay);
-      atomicExch(&c.shared.layer, layer);
-    }
+    if (threadIdx.x == 0) c.allow(c.has_many_keys() ? kSomeUnderWay : kUnderWay);
     products().out(layer, ring);
     if (threadIdx.x == 0 && c.has_many_keys()) c.allow(kUnderWay);
     sm90::named_barrier_sync(kUsed, kConsumers);
@@ -76,7 +72,6 @@ __global__ void __launch_bounds__(kThreads, 1) mesh_kernel(const __grid_constant
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
   if (thread == 0) {
     c.shared.allowed = kUnderWay;
-    c.shared.layer = -1;
     for (int i = 0; i < kStages; ++i) {
       sm90::barrier_init(&c.shared.full[i], 1);
       sm90::barrier_init(&c.shared.empty[i], kWarps);
@@ -94,7 +89,6 @@ __global__ void __launch_bounds__(kThreads, 1) mesh_kernel(const __grid_constant
     if (warp == kWarps) {
       if (lane == 0) stream(c);
     } else {
-      if (warp == kWarps + 1) touch_keys(c, lane);
       if constexpr (kProbes) ProbeWriter(c, thread - (kThreads - kBeside)).run();
       multiply_rest<T>(c, warp - kWarps - 1, lane);
     }

@@ -30,9 +30,10 @@ inline constexpr int kBeside = kThreads - kConsumers - 32;
 /// The ring of weights, keys and values.
 inline constexpr int kStages = 12, kStageBytes = 16 * 1024;
 /// Stages that may be under way: as a rule; if the CTA has more than so many stages of keys, while it waits for x before q,
-/// k and v, and from attention on until `out` is sent; from x before q, k and v on, and while gate_up multiplies; in
-/// attention. There a warp waits for every 8th stage alone. What its slot held before must have landed by then, or the
-/// parity would mislead: copies overtake each other, but not by more than the ring has beyond those 8.
+/// k and v, from attention on until `out` is sent, and while `down` is multiplied; from x before q, k and v on, and while
+/// gate_up multiplies; in attention. There a warp waits for every 8th stage alone. What its slot held before must have
+/// landed by then, or the parity would mislead: copies overtake each other, but not by more than the ring has beyond
+/// those 8.
 inline constexpr int kUnderWay = 1, kSomeUnderWay = 2, kManyStages = 8, kMoreUnderWay = 3, kMostUnderWay = 4;
 static_assert(kMostUnderWay <= kStages - kWarps);
 /// Rows that a CTA attends at most.
@@ -42,10 +43,9 @@ inline constexpr int kUnits = kMaxRows / kBlocks;
 /// mesh_vector.cuh). A row's place does not depend on how many there are. Within x, squares, gated and attention see
 /// place_of.
 struct Layout {
-  static constexpr size_t sums = 0;  // (blocks, rows, groups, 128) fp32: partial sums of `out` and `down`
-  static constexpr size_t fresh =
-      sums + size_t{4} * kBlocks * kMaxRows * kGroups * kColumns;                         // (groups, rows, blocks, 192) fp32
-  static constexpr size_t x = fresh + size_t{4} * kGroups * kMaxRows * kBlocks * kFresh;  // (rows, hidden): residual * gain
+  static constexpr size_t sums = 0;  // (blocks, rows, groups, 128): partial sums of `out` and `down`
+  static constexpr size_t fresh = sums + size_t{2} * kBlocks * kMaxRows * kGroups * kColumns;  // (groups, rows, blocks, 192)
+  static constexpr size_t x = fresh + size_t{2} * kGroups * kMaxRows * kBlocks * kFresh;  // (rows, hidden): residual * gain
   static constexpr size_t squares = x + size_t{2} * kMaxRows * kHidden;                   // (rows, 16) fp32
   static constexpr size_t gated = squares + size_t{4} * kMaxRows * 2 * kBlocks;           // (groups, rows, 256)
   static constexpr size_t attention = gated + size_t{2} * kGroups * kMaxRows * kMiddle;   // (groups, rows, 64)

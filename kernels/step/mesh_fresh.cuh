@@ -42,17 +42,17 @@ class Fresh {
   __device__ __forceinline__ void collect(int layer) const {
     if (warp_ >= c_.shared.unit_count) return;
     const Unit unit = c_.shared.units[warp_];
-    constexpr int kPitch = kFresh * 4;
+    constexpr int kPitch = kFresh * 2;
     const uint8_t* from =
         c_.at<uint8_t>(Layout::fresh) + (c_.group * kMaxRows + unit.row) * kBlocks * kPitch + group_ * 64 + lane_ % 4 * 16;
     const uint32_t phase = phase_of(layer);
-    Parts<kBlocks> parts(phase);
+    Parts<T, kBlocks> parts(phase);
     uint4 squares;
     uint32_t wrong;
     step::Watchdog<kTurns> watchdog;
     do {
       watchdog.check();
-      parts.load(from, kPitch, kPitch / 2, phase);
+      parts.load(from, kPitch, phase);
       squares = step::load_b128(squares_of(c_, unit.row, lane_));
       wrong = (layer > 0 ? wrong_phase(squares, kLastPhase) : 0) | parts.wrong(phase);
     } while (__any_sync(~0u, wrong & 1));

@@ -40,7 +40,6 @@ struct Shared {
   int32_t unit_count;
   int32_t key_stages;  // of all units
   int32_t allowed;     // see Cta::allow
-  int32_t layer;       // whose attention is done, see mesh_touch.cuh
   uint64_t full[kStages], empty[kStages];
   // of a probe, the first of its head: log2 of the sum of exponentials, and the score of the newest key
   float2 probed[StepParams::kMaxProbes][kUnits];

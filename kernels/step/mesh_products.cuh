@@ -55,10 +55,10 @@ class Products {
     finish(ring, 3);
     sm90::wgmma_hold(sum);
     sm90::wgmma_hold(k);
-    const size_t pitch = kBlocks * kFresh * 4;
-    uint8_t* to = c_.at<uint8_t>(Layout::fresh) + c_.group * kMaxRows * pitch + c_.block * kFresh * 4;
-    send(sum, to + half_ * 256, pitch, kFresh * 2, phase_of(layer));
-    send(k, to + 128 + half_ * 64, pitch, kFresh * 2, phase_of(layer));
+    const size_t pitch = kBlocks * kFresh * 2;
+    uint8_t* to = c_.at<uint8_t>(Layout::fresh) + c_.group * kMaxRows * pitch + c_.block * kFresh * 2;
+    send(sum, to + half_ * 256, pitch, phase_of(layer));
+    send(k, to + 128 + half_ * 64, pitch, phase_of(layer));
   }
 
   /// Partial sums of `out` over the group's head.
@@ -91,7 +91,9 @@ class Products {
   __device__ __forceinline__ void down(int layer, Position& ring) {
     Operand<kMiddle / 32> a;
     gather<true>(a, c_.gated(), kMiddle / 32, phase_of(layer));
+    if (threadIdx.x == 0 && c_.has_many_keys()) c_.allow(kSomeUnderWay);
     share<kMiddle / 64>(a, ring, kLastPhase);
+    if (threadIdx.x == 0 && c_.has_many_keys()) c_.allow(kUnderWay);
   }
 
   __device__ __forceinline__ void head(Position& ring) {
@@ -356,25 +358,27 @@ class Products {
     start(sum, a, ring);
     finish(ring, kCount);
     sm90::wgmma_hold(sum);
-    send(sum, c_.at<uint8_t>(Layout::sums) + place_of_sums(c_.block, 0, c_.group) + half_ * (2 * kSumsHalf), kSumsPitch,
-         kSumsHalf, phase);
+    send(sum, c_.at<uint8_t>(Layout::sums) + place_of_sums(c_.block, 0, c_.group) + half_ * kSumsHalf, kSumsPitch, phase);
   }
 
-  /// Partial sums to the lane's rows, `pitch` bytes apart; `half_pitch` bytes lie between the halves of a group of columns.
+  /// Partial sums of groups of columns that lie side by side, rounded, to the lane's rows, `pitch` bytes apart.
   template <int kCount>
-  __device__ __forceinline__ void send(const float (&sum)[kCount], uint8_t* to, size_t pitch, int half_pitch,
-                                       uint32_t phase) const {
+  __device__ __forceinline__ void send(const float (&sum)[kCount], uint8_t* to, size_t pitch, uint32_t phase) const {
     to += row_ * pitch + lane_ % 4 * 16;
 #pragma unroll
     for (int r = 0; r < 2; ++r, to += 32 * pitch) {
       if (row_ + 32 * r >= c_.rows) continue;
 #pragma unroll
-      for (int i = 0; i < kCount / 8; ++i) {  // 16 columns
-        const float* x = sum + 8 * i + 2 * r;
-        step::store_b128(to + i / 2 * 64 + i % 2 * half_pitch, vector_of(x[0], x[1], x[4], x[5], phase));
-      }
+      for (int g = 0; g < kCount / 16; ++g) step::store_b128(to + g * 64, part(sum, g, r, phase));
     }
     __syncwarp();
+  }
+  /// Of one group, the lane's vector of row row_ or of the one 32 further on.
+  template <int kCount>
+  __device__ __forceinline__ uint4 part(const float (&sum)[kCount], int g, int r, uint32_t phase) const {
+    const float* x = sum + 16 * g + 2 * r;
+    const float columns[8] = {x[0], x[1], x[4], x[5], x[8], x[9], x[12], x[13]};
+    return vector_of<T>(columns, phase);
   }
 
   const Cta& c_;

@@ -36,10 +36,10 @@ struct Embedding {
   }
 };
 
-/// Where partial sums of `out` and `down` of a row and a column block lie: of either half of the columns and either half of
-/// their two groups, those of 16 sources; of a source one group and then the other. So the bytes that a warp of Residual
-/// reads at a time lie in a row.
-inline constexpr int kSumsPitch = kGroups * kColumns * 4, kSumsHalf = kSumsPitch / 4;
+/// Where partial sums of `out` and `down` of a row and a column block lie: of either half of the columns those of 16
+/// sources, of a source one group of columns and then the other. So the bytes that a warp of Residual reads at a time lie in
+/// a row.
+inline constexpr int kSumsPitch = kGroups * kColumns * 2, kSumsHalf = kSumsPitch / 2;
 __device__ __forceinline__ int place_of_sums(int block, int row, int source) {
   return (block * kMaxRows + row) * kSumsPitch + source % 4 * 512 + source / 4 * 128;
 }
@@ -80,13 +80,12 @@ class Residual {
     for (int i = 0; i < 4; ++i) g[i] = pair_of(gain + column_of(lane_, 2 * i));
 
     constexpr int kPerLane = kGroups / 4;  // lanes 8 q to 8 q + 7 have sources 4 q to 4 q + 3
-    const uint8_t* from =
-        c_.at<uint8_t>(Layout::sums) + place_of_sums(c_.block, row_, 0) + half_ * (2 * kSumsHalf) + lane_ * 16;
-    Parts<kPerLane> parts(phase);
+    const uint8_t* from = c_.at<uint8_t>(Layout::sums) + place_of_sums(c_.block, row_, 0) + half_ * kSumsHalf + lane_ * 16;
+    Parts<T, kPerLane> parts(phase);
     step::Watchdog<kTurns> watchdog;
     do {
       watchdog.check();
-      parts.load(from, 512, kSumsHalf, phase);
+      parts.load(from, 512, phase);
     } while (__any_sync(~0u, parts.wrong(phase) & 1));
     float sum[8];
     parts.add_up(sum);

@@ -12,7 +12,7 @@
 //
 // Columns: a lane of wgmma has, of each 32 columns, {0, 1, 8, 9, 16, 17, 24, 25} + 2 (lane % 4), be it of a sum or
 // of operand A. So of each 32 columns the 8 of a lane are a vector of T: a row is groups of 32 columns, a group 4 vectors.
-// Of fp32 the first four of them are a vector, and the others another one: a group is two halves of 4 vectors.
+// Partial sums, too, are rounded to T: an exchange takes as long as it has lines, and in fp32 they had half of all lines.
 //
 // Places: a warp reads whole lines. 4 lanes read 64 bytes, 8 rows or sources of a warp 512 that lie in a row. As many half
 // lines instead made a step of 40 rows 5 % longer.
@@ -41,11 +41,6 @@ __device__ __forceinline__ int column_of(int lane, int i) { return i / 2 * 8 + l
 /// An fp32 value whose lowest bit is the phase.
 __device__ __forceinline__ uint32_t with_phase(float x, uint32_t phase) { return (__float_as_uint(x) & ~1u) | phase; }
 
-/// Four fp32 values.
-__device__ __forceinline__ uint4 vector_of(float a, float b, float c, float d, uint32_t phase) {
-  return make_uint4(with_phase(a, phase), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d));
-}
-
 /// Eight values as T. The first is rounded to the nearest whose lowest bit is the phase.
 template <typename T>
 __device__ __forceinline__ uint4 vector_of(const float (&x)[8], uint32_t phase) {
@@ -70,44 +65,38 @@ __device__ __forceinline__ void poll(uint32_t phase, const P*... vectors) {
 }
 
 /// Partial sums of several senders: of each, the lane's 8 of 32 columns.
-template <int kSenders>
+template <typename T, int kSenders>
 struct Parts {
-  uint4 v[kSenders][2];
+  uint4 v[kSenders];
 
   /// None is there yet.
   __device__ __forceinline__ explicit Parts(uint32_t phase) {
 #pragma unroll
-    for (int s = 0; s < kSenders; ++s) v[s][0] = v[s][1] = make_uint4(phase ^ 1, 0, 0, 0);
+    for (int s = 0; s < kSenders; ++s) v[s] = make_uint4(phase ^ 1, 0, 0, 0);
   }
   /// Asks for what is not there: to ask for all of it again and again holds up others. `pitch` bytes lie between two
-  /// senders' sums, `half_pitch` between the halves of a group.
-  __device__ __forceinline__ void load(const uint8_t* from, int pitch, int half_pitch, uint32_t phase) {
+  /// senders' sums.
+  __device__ __forceinline__ void load(const uint8_t* from, int pitch, uint32_t phase) {
 #pragma unroll
     for (int s = 0; s < kSenders; ++s) {
-      if (((v[s][0].x ^ phase) | (v[s][1].x ^ phase)) & 1) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) v[s][h] = step::load_b128(from + s * pitch + h * half_pitch);
-      }
+      if ((v[s].x ^ phase) & 1) v[s] = step::load_b128(from + s * pitch);
     }
   }
   /// Whose lowest bit says that one of them does not have the phase.
   __device__ __forceinline__ uint32_t wrong(uint32_t phase) const {
     uint32_t wrong = 0;
 #pragma unroll
-    for (int s = 0; s < kSenders; ++s) wrong |= (v[s][0].x ^ phase) | (v[s][1].x ^ phase);
+    for (int s = 0; s < kSenders; ++s) wrong |= v[s].x ^ phase;
     return wrong;
   }
   /// Adds them up in the order of their senders.
   __device__ __forceinline__ void add_up(float (&x)[8]) const {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int s = 0; s < kSenders; ++s) {
+      float part[8];
+      unpack_vector<T>(v[s], part);
 #pragma unroll
-      for (int s = 0; s < kSenders; ++s) {
-        const uint4 w = v[s][h];
-        const float f[4] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[4 * h + i] = s == 0 ? f[i] : x[4 * h + i] + f[i];
-      }
+      for (int i = 0; i < 8; ++i) x[i] = s == 0 ? part[i] : x[i] + part[i];
     }
   }
 };

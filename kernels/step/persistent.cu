@@ -30,8 +30,8 @@ cudaError_t launch(const StepParams& p, cudaStream_t stream) {
     return encode_matrix(map, p.dtype, data, outputs, inputs, 8, S::heads);
   };
   // Outputs i and 32 + i of a head of qkv, a rotary pair, in one box.
-  if (!sm90::encode_tensor_map(args.qkv, p.dtype, p.qkv, {64, 32, 2, S::heads, p.layers * 3 * S::heads},
-                               {row, 32 * row, 128, 64 * row}, {64, 4, 2, S::heads, 1}) ||
+  if (!step::encode_map(args.qkv, p.dtype, p.qkv, {64, 32, 2, S::heads, p.layers * 3 * S::heads},
+                        {row, 32 * row, 128, 64 * row}, {64, 4, 2, S::heads, 1}) ||
       !matrix(args.out, p.out, p.layers * S::hidden, S::hidden) ||
       !matrix(args.gate_up, p.gate_up, p.layers * 2 * S::intermediate, S::hidden) ||
       !matrix(args.down, p.down, p.layers * S::hidden, S::intermediate) || !matrix(args.head, p.head, p.vocab, S::hidden)) {

@@ -25,17 +25,17 @@ cudaError_t launch_parts(const StepParams& p, cudaStream_t stream) {
   const auto activations = [&](CUtensorMap(&maps)[kMaxParts], size_t at, int64_t columns) {
     bool done = true;
     for (int part = 0; part < kParts; ++part) {
-      done = done && sm90::encode_tensor_map(maps[part], p.dtype, static_cast<char*>(p.workspace) + part * L::part + at,
-                                             {64, kPartRows, columns / 64}, {columns * 2, 128}, {64, kPartRows, S::group});
+      done = done && step::encode_map(maps[part], p.dtype, static_cast<char*>(p.workspace) + part * L::part + at,
+                                      {64, kPartRows, columns / 64}, {columns * 2, 128}, {64, kPartRows, S::group});
     }
     return done;
   };
   // In one box of qkv: 4 outputs i and 32 + i of a head, rotary pairs, of q, k and v, in 2 blocks of columns. Gate and up:
   // 32 of both, twice.
-  if (!sm90::encode_tensor_map(args.qkv, p.dtype, p.qkv, {64, p.layers * 3 * S::hidden, 2, 3, S::hidden / 64},
-                               {row, 32 * row, S::hidden * row, 128}, {64, 4, 2, 3, 2}) ||
-      !sm90::encode_tensor_map(args.gate_up, p.dtype, p.gate_up, {S::hidden, 32, 2, S::intermediate / 32, p.layers},
-                               {row, S::intermediate * row, 32 * row, 2 * S::intermediate * row}, {64, 32, 2, 2, 1}) ||
+  if (!step::encode_map(args.qkv, p.dtype, p.qkv, {64, p.layers * 3 * S::hidden, 2, 3, S::hidden / 64},
+                        {row, 32 * row, S::hidden * row, 128}, {64, 4, 2, 3, 2}) ||
+      !step::encode_map(args.gate_up, p.dtype, p.gate_up, {S::hidden, 32, 2, S::intermediate / 32, p.layers},
+                        {row, S::intermediate * row, 32 * row, 2 * S::intermediate * row}, {64, 32, 2, 2, 1}) ||
       !step::encode_matrix(args.out, p.dtype, p.out, p.layers * S::hidden, S::hidden, 16, S::out_blocks) ||
       !step::encode_matrix(args.down, p.dtype, p.down, p.layers * S::hidden, S::intermediate, 64, 2) ||
       !step::encode_matrix(args.head, p.dtype, p.head, p.vocab, S::hidden, S::tile, 1) ||
@@ -88,7 +88,7 @@ bool step_split_supported(const StepParams& p) {
   return step::is_hopper_with(6 * p.heads);
 }
 
-size_t step_split_workspace(const StepParams&) { return Layout<16>::bytes; }
+size_t step_split_workspace(const StepParams& p) { return Layout<16>::bytes(p.layers); }
 
 cudaError_t step_split(const StepParams& params, cudaStream_t stream) {
   if (!step_split_supported(params) || params.workspace_bytes < step_split_workspace(params)) return cudaErrorInvalidValue;

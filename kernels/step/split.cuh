@@ -30,6 +30,10 @@ __device__ __forceinline__ void attend(const Cta<S>& cta, int warp, int lane) {
       sm90::barrier_init(&c.shared.full[i % 2][i / 2], 1);
       sm90::barrier_init(&c.shared.empty[i % 2][i / 2], 4);
     }
+    for (int i = 0; i < 2 * kUnits; ++i) {
+      sm90::barrier_init(&c.shared.told[i % 2][i / 2], 1);
+      sm90::barrier_init(&c.shared.taken[i % 2][i / 2], 5 * 32);
+    }
     for (int i = 0; i < 4; ++i) {
       sm90::barrier_init(&c.shared.begin[i / 2][i % 2], 32);
       sm90::barrier_init(&c.shared.end[i / 2][i % 2], 128);
@@ -42,14 +46,10 @@ __device__ __forceinline__ void attend(const Cta<S>& cta, int warp, int lane) {
   __syncthreads();
   if (warp < 8) {
     sm90::registers_increase<S::registers>();
-    Attention<T, S> attention(c, warp / 4, warp % 4, lane);
-    Position ring;
-    for (int layer = 0; layer < static_cast<int>(c.args.p.layers); ++layer) {
-      for (int part = 0; part < S::parts; ++part) attention.run(layer, part, ring);
-    }
+    Attention<T, S>(c, warp / 4, warp % 4, lane).run();
   } else {
     sm90::registers_decrease<S::loader_registers>();
-    if (warp < 10 && lane == 0) stream_keys(c, warp - 8);
+    if (warp < 10 && elect()) stream_keys(c, warp - 8);
     if (warp >= 10) Courier<T, S>(c, warp - 10, lane).run();
   }
 }
@@ -77,8 +77,8 @@ __device__ __forceinline__ void multiply(const Cta<S>& cta, int warp, int lane) 
     Products<T, S>(c, warp / 4, warp % 4, lane).run();
   } else {
     sm90::registers_decrease<S::loader_registers>();
-    if (warp == 8 && lane == 0) stream_weights(c);
-    if (warp == 9 && lane == 0) load_activations(c);
+    if (warp == 8 && elect()) stream_weights(c);
+    if (warp == 9 && elect()) load_activations(c);
     if (warp >= 10) multiply_rest<T>(c, warp - 10, lane);
   }
 }

@@ -60,7 +60,10 @@ struct Layout {
   static constexpr size_t gated = attention + kPartRows * hidden * 2;      // silu(gate) * up
   static constexpr size_t sums = gated + kPartRows * hidden * 8;           // (workers, 4 slices, 64, 8) fp32: by owner
   static constexpr size_t part = sums + workers * 4 * kPartRows * 8 * 4;
-  static constexpr size_t counters = kMaxParts * part, bytes = counters + Counters::count * Counters::stride * 4;
+  static constexpr size_t counters = kMaxParts * part;
+  // (slots: a part in a layer) units that have been dealt to who asked, a line each
+  static constexpr size_t asked = counters + Counters::count * Counters::stride * 4;
+  static constexpr size_t bytes(int64_t layers) { return asked + layers * kMaxParts * Counters::stride * 4; }
 };
 
 struct Args {

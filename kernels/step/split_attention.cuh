@@ -26,13 +26,15 @@ class Attention {
         keys_at_((16 * warp + lane / 8 % 2 * 8 + lane % 8) * 128 + (lane / 16 ^ lane % 8) * 16),
         values_at_(kStageBytes / 2 + (16 * warp + lane / 16 * 8 + lane % 8) * 128 + (lane / 8 % 2 ^ lane % 8) * 16) {}
 
-  /// This warpgroup's units of a part in one layer.
-  __device__ __forceinline__ void run(int layer, int part, Position& ring) {
-    part_ = part;
-    const typename AttentionCta<S>::Units units = c_.units(layer, part, group_);
-    for (int u = 0; u < units.count; ++u) {
-      unit(c_.shared.rows[part][units.row_of(units[u])], units.head_of(units[u]), layer, ring);
-      ++turn_;
+  /// All units of this warpgroup.
+  __device__ __forceinline__ void run() {
+    const int slots = S::parts * static_cast<int>(c_.args.p.layers);
+    Position ring, next;
+    for (;; ++turn_) {
+      const Unit u = c_.take(group_, next);
+      if (u.slot == slots) return;
+      part_ = u.slot % S::parts;
+      unit(c_.shared.rows[part_][u.place], u.head, u.slot / S::parts, ring);
     }
   }
 

@@ -2,7 +2,7 @@
 // waits for what it does.
 #pragma once
 
-#include "kernels/step/split_parts.cuh"
+#include "kernels/step/split_deal.cuh"
 
 namespace vivace::split {
 
@@ -17,18 +17,18 @@ class Filler {
   __device__ __forceinline__ void operator()(uint32_t bytes, F&& copy) {
     barrier_wait(&empty_[at_.slot], at_.parity ^ 1);
     if constexpr (kLimited) {
-      if (under_way_ == limit_) {
+      for (; under_way_ >= limit_; --under_way_) {
         barrier_wait(&full_[landed_.slot], landed_.parity);
         landed_.next(kStages);
-      } else {
-        ++under_way_;
       }
+      ++under_way_;
     }
     uint64_t* barrier = &full_[at_.slot];
     sm90::barrier_expect(barrier, bytes);
     copy(ring_ + at_.slot * kStageBytes, barrier);
     at_.next(kStages);
   }
+  __device__ __forceinline__ void set_limit(int limit) { limit_ = limit; }
 
  private:
   uint8_t* ring_;
@@ -37,65 +37,57 @@ class Filler {
   Position at_, landed_;
 };
 
-/// Keys and values of earlier steps for a warpgroup, 64 of them at a time, in the order of use.
-template <typename S>
-class Keys {
- public:
-  __device__ __forceinline__ Keys(const AttentionCta<S>& c, int group) : c_(c), group_(group) { begin(); }
-  __device__ __forceinline__ bool ended() const { return slot_ == S::parts * static_cast<int>(c_.args.p.layers); }
-  __device__ __forceinline__ uint32_t bytes() const { return min(64, keys_ - key_) * 128; }
-  __device__ __forceinline__ const uint16_t* k() const { return k_ + key_ * 64; }
-  __device__ __forceinline__ const uint16_t* v() const { return v_ + key_ * 64; }
-  __device__ __forceinline__ void next() {
-    key_ += 64;
-    if (key_ >= keys_) ++unit_, find();
-  }
-
- private:
-  __device__ __forceinline__ void begin() {
-    units_ = c_.units(slot_ / S::parts, slot_ % S::parts, group_);
-    unit_ = 0;
-    find();
-  }
-  /// The next unit with keys, from this one on.
-  __device__ __forceinline__ void find() {
-    const StepParams& p = c_.args.p;
-    for (key_ = 0;; ++unit_) {
-      while (unit_ >= units_.count) {
-        if (++slot_; ended()) return;
-        units_ = c_.units(slot_ / S::parts, slot_ % S::parts, group_);
-        unit_ = 0;
-      }
-      const int unit = units_[unit_], head = units_.head_of(unit), layer = slot_ / S::parts;
-      const Row row = c_.shared.rows[slot_ % S::parts][units_.row_of(unit)];
-      keys_ = row.keys;
-      if (keys_ == 0) continue;
-      k_ = static_cast<const uint16_t*>(p.k_cache) + layer * p.k_stride[0] + row.cache_row * p.k_stride[1] +
-           head * p.k_stride[3];
-      v_ = static_cast<const uint16_t*>(p.v_cache) + layer * p.v_stride[0] + row.cache_row * p.v_stride[1] +
-           head * p.v_stride[3];
-      return;
-    }
-  }
-
-  const AttentionCta<S>& c_;
-  int group_, slot_ = 0, unit_ = 0, key_ = 0, keys_ = 0;
-  typename AttentionCta<S>::Units units_;
-  const uint16_t *k_ = nullptr, *v_ = nullptr;
-};
-
-/// Streams them; a stage is 64 keys (64, 64 dimensions) and behind them their values. Waits for free stages alone.
+/// Keys and values of earlier steps for a warpgroup, in the order of use; a stage is 64 keys (64, 64 dimensions) and behind
+/// them their values. Waits for free stages alone.
 template <typename S>
 __device__ __forceinline__ void stream_keys(const AttentionCta<S>& c, int group) {
-  // Few at a time: what queues in front of memory holds up the products. Where keys are many, those have time.
-  const int limit = c.shared.rows[0][0].keys < 512 ? 2 : 3;
+  const StepParams& p = c.args.p;
+  // Few at a time: what queues in front of memory holds up the products. Where rows have many keys, those have time; where a
+  // part has few, it is they that take it, and there are one and two in turn. The numbers are measured.
+  const int limit = c.shared.keys[0] < 512 * c.rows_of(0) ? 2 : 3;
+  const bool few = S::parts == 2 && c.most_keys() < 10400;
   Filler<S::attention_stages, true> fill(c.ring + group * S::attention_stages * kStageBytes, c.shared.full[group],
                                          c.shared.empty[group], limit);
-  for (Keys<S> keys(c, group); !keys.ended(); keys.next()) {
-    fill(2 * keys.bytes(), [&](uint8_t* to, uint64_t* barrier) {
-      bulk_load(to, keys.k(), keys.bytes(), barrier, sm90::kEvictFirst);
-      bulk_load(to + kStageBytes / 2, keys.v(), keys.bytes(), barrier, sm90::kEvictFirst);
+  Dealer<S> dealer(c, group);
+  Position at;
+  Unit unit;
+  int keys = 0;  // that are left of the unit, from k and v on
+  const uint16_t *k = nullptr, *v = nullptr;
+  const auto find = [&] {  // the next unit, and tells the warps
+    unit = dealer.next();
+    barrier_wait(&c.shared.taken[group][at.slot], at.parity ^ 1);
+    c.shared.units[group][at.slot] = unit;
+    sm90::barrier_arrive(&c.shared.told[group][at.slot]);
+    at.next(kUnits);
+    if (unit.slot == dealer.slots()) return;
+    if (few) fill.set_limit(1 + (unit.place + unit.head + group) % 2);
+    const Row row = c.shared.rows[dealer.part()][unit.place];
+    const int layer = unit.slot / S::parts;
+    keys = row.keys;
+    k = static_cast<const uint16_t*>(p.k_cache) + layer * p.k_stride[0] + row.cache_row * p.k_stride[1] +
+        unit.head * p.k_stride[3];
+    v = static_cast<const uint16_t*>(p.v_cache) + layer * p.v_stride[0] + row.cache_row * p.v_stride[1] +
+        unit.head * p.v_stride[3];
+  };
+  const auto copy = [&](const uint16_t* from_k, const uint16_t* from_v, uint32_t bytes) {
+    fill(2 * bytes, [&](uint8_t* to, uint64_t* barrier) {
+      bulk_load(to, from_k, bytes, barrier, sm90::kEvictFirst);
+      bulk_load(to + kStageBytes / 2, from_v, bytes, barrier, sm90::kEvictFirst);
     });
+  };
+  for (find(); unit.slot < dealer.slots();) {
+    if (keys == 0) {
+      find();
+      continue;
+    }
+    for (; keys > 64; keys -= 64, k += 64 * 64, v += 64 * 64) {
+      if (keys <= 128) dealer.ask();
+      copy(k, v, kStageBytes / 2);
+    }
+    const uint16_t *last_k = k, *last_v = v;
+    const uint32_t bytes = keys * 128;
+    find();  // before there is room for the last stage
+    copy(last_k, last_v, bytes);
   }
 }
 
@@ -205,6 +197,8 @@ __device__ __forceinline__ void load_activations(const ProductCta<S>& c) {
         fence_async_global();
         load_group(args.attention[part], group * S::group);
       }
+      // Nobody asks any more.
+      if (c.cta == 0) *c.asked(S::parts * layer + part) = 0;
       wait_x(part);
       load(x_of(part));
       wait_counter(c.counter(Counters::gated + 4 * part + c.slice), 2 * S::heads * n);

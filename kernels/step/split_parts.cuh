@@ -19,6 +19,14 @@ struct Row {
 
 using State = step::SoftmaxState;
 
+/// A row and a head in a slot, which is a part in a layer: the row's place among those of its part, and the head's group.
+/// Behind the last slot there is none.
+struct Unit {
+  int32_t slot, place, head, group;
+};
+/// Units that a warpgroup has been told of.
+inline constexpr int kUnits = 8;
+
 /// Behind the ring of a CTA that attends.
 struct AttentionShared {
   float merged[2][2][4 * State::kFloats];  // (warpgroup, its turn, warp) softmax states
@@ -26,9 +34,11 @@ struct AttentionShared {
   Row rows[kMaxParts][kPartRows];  // longest first
   int32_t lengths[kMaxRows];
   int32_t keys[kMaxParts];           // of all rows of a part
+  Unit units[2][kUnits];             // of a warpgroup
   uint64_t full[2][8], empty[2][8];  // keys and values, of a warpgroup
-  // (warpgroup, its turn): `fresh` has been written, `merged` has. All lanes arrive, so that racecheck can follow.
-  uint64_t begin[2][2], end[2][2];
+  // Where something is read or written without the copy engine, all lanes arrive, so that racecheck can follow.
+  uint64_t told[2][kUnits], taken[2][kUnits];  // units
+  uint64_t begin[2][2], end[2][2];             // (warpgroup, its turn): `fresh` has been written, `merged` has
 };
 
 /// Behind the activations and the ring of a CTA that multiplies.
@@ -85,6 +95,11 @@ struct Cta {
     return reinterpret_cast<P*>(static_cast<uint8_t*>(args.p.workspace) + part * L::part + offset);
   }
 
+  /// Units of a slot that have been dealt to who asked.
+  __device__ __forceinline__ uint32_t* asked(int slot) const {
+    return reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(args.p.workspace) + L::asked) + slot * Counters::stride;
+  }
+
   /// Where 8 columns of a row are in x or silu(gate) * up, (columns / 8, 64, 8).
   template <typename T>
   __device__ __forceinline__ T* eight(int part, size_t matrix, int row, int column) const {
@@ -97,8 +112,8 @@ struct Cta {
   }
 };
 
-/// A CTA that attends: the units, a row and a head each, are dealt to the warpgroups there and back: first those of the
-/// first group of heads, the longest first, so that `out` can begin with them.
+/// A CTA that attends. Units go to the warpgroups in an order: those of the first group of heads first, so that `out` can
+/// begin with them, and the longest first.
 ///
 /// Who waits for q, k and v of a unit in a layer may find those of two layers before unless their reader has armed the words
 /// again. It has: whoever waits had a unit of the layer between, whose q follows from all attention of two layers before.
@@ -134,34 +149,34 @@ struct AttentionCta : Cta<S> {
     shared.rows[part][rank] = {t - begin, max(0, this->args.p.cache_batch_idx[t]), mine, step::newest_key(this->args.p, t)};
   }
 
-  /// The units of a warpgroup in a slot: a part in a layer. Who gets one more changes from slot to slot.
-  struct Units {
-    int workers, place, count, total;
-    __device__ __forceinline__ int operator[](int j) const { return j * workers + (j % 2 ? workers - 1 - place : place); }
-    /// Of a unit: the group of heads, the head, and the row's place among those of the part.
-    __device__ __forceinline__ int group_of(int unit) const { return unit / (total / S::head_groups); }
-    __device__ __forceinline__ int head_of(int unit) const { return group_of(unit) * S::group + unit % S::group; }
-    __device__ __forceinline__ int row_of(int unit) const { return unit % (total / S::head_groups) / S::group; }
-  };
-  /// CTAs that attend. Where a part has few keys, the products are what takes the time, and memory's queue holds them up the
-  /// more the more CTAs load: then a quarter of those that could does nothing. The numbers are measured.
-  __device__ __forceinline__ int attentions() const {
+  /// Keys of the part that has most.
+  __device__ __forceinline__ int most_keys() const {
     int most = 0;
 #pragma unroll
     for (int part = 0; part < S::parts; ++part) most = max(most, shared.keys[part]);
-    constexpr int kKeysOfCta = S::parts == 2 ? 250 : 280;
-    return max((3 * this->args.attentions + 3) / 4, min(most / kKeysOfCta, this->args.attentions));
+    return most;
   }
-  __device__ __forceinline__ Units units(int layer, int part, int group) const {
-    const int attentions = this->attentions();
-    Units u;
-    u.total = this->rows_of(part) * S::heads;
-    u.workers = 2 * attentions;
-    const int rounds = u.total / u.workers, left = rounds == 0 ? 0 : u.total % u.workers;
-    u.place = (this->cta + group * attentions + (S::parts * layer + part) * left) % u.workers;
-    u.count = rounds + (u[rounds] < u.total ? 1 : 0);
-    if (this->cta >= attentions) u.place = -1, u.count = 0;
-    return u;
+  /// CTAs that attend. Where a part has few keys, the products are what takes the time, and memory's queue holds them up the
+  /// more the more CTAs load: then a quarter of those that could does nothing. The numbers are measured.
+  __device__ __forceinline__ int attentions() const {
+    constexpr int kKeysOfCta = S::parts == 2 ? 250 : 280;
+    return max((3 * this->args.attentions + 3) / 4, min(most_keys() / kKeysOfCta, this->args.attentions));
+  }
+  /// Warpgroups that attend, and the place of one among them, or -1.
+  __device__ __forceinline__ int workers() const { return 2 * attentions(); }
+  __device__ __forceinline__ int worker(int group) const {
+    const int n = attentions();
+    return this->cta < n ? this->cta + group * n : -1;
+  }
+  __device__ __forceinline__ int units_of(int part) const { return this->rows_of(part) * S::heads; }
+
+  /// The next unit of a warpgroup: by four warps and the fifth.
+  __device__ __forceinline__ Unit take(int group, Position& next) const {
+    barrier_wait(&shared.told[group][next.slot], next.parity);
+    const Unit unit = shared.units[group][next.slot];
+    sm90::barrier_arrive(&shared.taken[group][next.slot]);
+    next.next(kUnits);
+    return unit;
   }
 };
 

@@ -184,8 +184,8 @@ class Products {
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         const float* gate = acc + 4 * u + 2 * i;
-        store(to + kPartRows * 8 * u, silu(gate[0] * scale) * (gate[16] * scale),
-              silu(gate[1] * scale) * (gate[17] * scale));
+        store_kept(to + kPartRows * 8 * u,
+                   pack2<T>(silu(gate[0] * scale) * (gate[16] * scale), silu(gate[1] * scale) * (gate[17] * scale)));
       }
     }
     signal(Counters::gated + 4 * part + c_.slice);
@@ -231,8 +231,6 @@ class Products {
       each([&](float2 x, const float2*) { there = there && is_there(x); });
       there = all_lanes(there);
     }
-    // Armed for the next layer: whoever writes there has heard of the x that follows.
-    each([](float2, float2* at) { store_relaxed(at, make_float2(0.0f, 0.0f)); });
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float2 sum = from[0][i];
@@ -242,6 +240,8 @@ class Products {
       parts_[0].residual[2 * i + 1] += sum.y;
     }
     send_residual(gain, part);
+    // Armed for the next layer: whoever writes there has heard of the x between `out` and gate_up.
+    each([](float2, float2* at) { store_relaxed(at, make_float2(0.0f, 0.0f)); });
   }
 
   /// Ends the part's turn.
@@ -303,8 +303,10 @@ class Products {
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       if (!has(i, part)) continue;
-      store(c_.template eight<T>(part, L::x, row, 8 * worker_) + feature_, a * gain.x, b * gain.y);
-      if (feature_ == 0) c_.template at<float>(part, L::squares)[row * S::workers + worker_] = sum;
+      store_kept(c_.template eight<T>(part, L::x, row, 8 * worker_) + feature_, pack2<T>(a * gain.x, b * gain.y));
+      if (feature_ == 0) {
+        store_kept(c_.template at<float>(part, L::squares) + row * S::workers + worker_, __float_as_uint(sum));
+      }
     }
     signal(Counters::x + part);
   }

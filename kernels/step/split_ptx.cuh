@@ -9,8 +9,8 @@ namespace vivace::split {
 
 using step::dynamic_shared;
 
-/// Looks before a wait is an error.
-inline constexpr uint32_t kMaxTurns = 1u << 22;
+/// Looks before a wait is an error: some 20 seconds, since a tool that records every access slows a step to several.
+inline constexpr uint32_t kMaxTurns = 1u << 26;
 
 /// ld.acquire.gpu
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
@@ -35,34 +35,62 @@ __device__ __forceinline__ void add_release(uint32_t* p, uint32_t n = 1) {
 __device__ __forceinline__ void add_relaxed(uint32_t* p, uint32_t n = 1) {
   asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(n) : "memory");
 }
+/// atom.relaxed.gpu.add of 1: what was there before.
+__device__ __forceinline__ uint32_t add_and_get(uint32_t* p) {
+  uint32_t x;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+
+// What other CTAs read is accessed with the policy evict-last: without it, the stream of weights and keys evicts the lines
+// between their uses, and stores and looks wait for memory.
+
+/// A plain store.
+__device__ __forceinline__ void store_kept(void* p, uint32_t x) {
+  asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(p), "r"(x), "l"(sm90::kEvictLast) : "memory");
+}
 /// ld.relaxed.gpu: 16 bytes whose words are there or not, each for itself.
 __device__ __forceinline__ uint4 load_relaxed(const uint4* p) {
   uint4 x;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.relaxed.gpu.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(p)
+               : "l"(p), "l"(sm90::kEvictLast)
                : "memory");
   return x;
 }
 /// The same of two sums: 0 (not -0) is one that is not there.
 __device__ __forceinline__ float2 load_relaxed(const float2* p) {
   float2 x;
-  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(p) : "memory");
+  asm volatile("ld.relaxed.gpu.global.L2::cache_hint.v2.f32 {%0, %1}, [%2], %3;"
+               : "=f"(x.x), "=f"(x.y)
+               : "l"(p), "l"(sm90::kEvictLast)
+               : "memory");
   return x;
 }
 __device__ __forceinline__ bool is_there(float2 x) { return __float_as_uint(x.x) != 0 && __float_as_uint(x.y) != 0; }
 /// st.relaxed.gpu
 __device__ __forceinline__ void store_relaxed(float2* p, float2 x) {
-  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x.x), "f"(x.y) : "memory");
+  asm volatile("st.relaxed.gpu.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(p), "f"(x.x), "f"(x.y),
+               "l"(sm90::kEvictLast)
+               : "memory");
 }
 __device__ __forceinline__ void store_relaxed(uint4* p, uint4 x) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+  asm volatile("st.relaxed.gpu.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(p), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w), "l"(sm90::kEvictLast)
                : "memory");
 }
 __device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t x) {
-  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+  asm volatile("st.relaxed.gpu.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(p), "r"(x), "l"(sm90::kEvictLast) : "memory");
 }
 __device__ __forceinline__ bool all_lanes(bool x) { return __all_sync(~0u, x); }
+
+/// elect.sync: true for one lane of a warp. ptxas then knows that it is one, and copies take their operands from uniform
+/// registers without a loop over lanes.
+__device__ __forceinline__ bool elect() {
+  uint32_t x;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(x));
+  return x != 0;
+}
 
 /// fence.proxy.async of global memory: between ordinary accesses and those of the copy engine.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

@@ -179,16 +179,21 @@ def capacity_of(tokens: int) -> int:
     return -(-(tokens + SLACK) // 1024) * 1024 if tokens >= 256 else tokens + SLACK
 
 
+def pitch_of(capacity: int) -> int:
+    """Positions from one head's keys to the next one's, as in the engine's caches (``Model::cache_pitch``)."""
+    return capacity + 8 if capacity % 256 == 0 else capacity
+
+
 def make_state(weights: Weights, rows: int, tokens: int, seed: int) -> State:
     """A cache of normally distributed keys and values, ``tokens`` in every row."""
     config, device, dtype = weights.config, weights.qkv.device, weights.qkv.dtype
     generator = torch.Generator(device).manual_seed(seed + 1)
     requests = requests_of(rows)
     capacity = capacity_of(tokens)
-    shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
+    shape = (config.num_layers, rows, config.num_kv_heads, pitch_of(capacity), config.head_dim)
     caches = []
     for _ in range(2):
-        cache = torch.zeros(shape, device=device, dtype=dtype)
+        cache = torch.zeros(shape, device=device, dtype=dtype)[:, :, :, :capacity]
         cache[:, :, :, :tokens].normal_(generator=generator)
         caches.append(cache.transpose(2, 3))
     order = torch.arange(requests, device=device)

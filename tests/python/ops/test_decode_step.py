@@ -291,16 +291,24 @@ def test_the_same_step_twice_gives_the_same_bits(target):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("length", [0, 300, 512, 513])
-def test_a_paced_step_gives_the_bits_of_the_first(length):
-    """The persistent kernel paces one row's weights by what the step before has measured, where that was long."""
-    model = Model(dataclasses.replace(T3, layers=16), torch.bfloat16, "cuda", 600, 2)
-    state = make_state(model, [length])
+@pytest.mark.parametrize("lengths", [(0,), (300,), (513,), (300, 40), (512, 513), (300, 7, 512, 100)], ids=str)
+def test_a_paced_step_gives_the_bits_of_the_first(lengths):
+    """The persistent kernel paces its weights by the clock that the step before has measured, where that was long."""
+    model = Model(dataclasses.replace(T3, layers=16), torch.bfloat16, "cuda", 600, 4)
+    state = make_state(model, list(lengths))
     first = model.step(state, family=1)
     for _ in range(20):
         assert torch.equal(model.step(state, family=1), first)
-    pace = model.workspaces[1][128:132].view(torch.int32).item()
-    assert 0 < pace <= 4096, pace  # Mailboxes::pace, in cycles
+    clock = model.workspaces[1][128:132].view(torch.int32).item()
+    assert 100 < clock < 4096, clock  # Mailboxes::clock, in cycles a microsecond
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [5, 8192, 8200, 10235, 12000])
+def test_vocabularies_of_other_sizes_equal_the_reference(vocab):
+    """Of the persistent kernel's 128 CTAs each has 10 tiles of 8 outputs at a time, the last two apart."""
+    model = Model(dataclasses.replace(T3, layers=1, vocab=vocab), torch.bfloat16, "cuda", 64, 3)
+    check_step(model, make_state(model, [9, 30, 1]), family=1)
 
 
 def test_padding_and_full_rows_do_nothing(target, dtype):

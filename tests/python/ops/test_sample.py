@@ -378,6 +378,29 @@ def test_no_requests_draw_nothing(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [8194, 8193, 700, 3])
+@pytest.mark.parametrize("temperature", [0.8, 1e-6, 1e25])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 4.0, 1e6, 1e30])
+def test_small_vocabularies_draw_as_large_ones_do(scale, temperature, vocab):
+    # They have kernels of their own, which round times differently: a seed without close races. Entries of -inf make a
+    # small vocabulary large and are never drawn.
+    torch.manual_seed(19)
+    batch = Batch(Case(device="cuda", dtype=torch.float32), list(SETTINGS) * 7, vocab, scale)
+    batch.parameters["temperature"].mul_(temperature)
+    batch.parameters["repetition_penalty"][::5] = 1e-20
+    if vocab > 3:
+        for row, value in ((0, float("inf")), (3, float("nan")), (5, -float("inf"))):
+            batch.logits[row, vocab // 3] = value
+    large = torch.full((batch.logits.size(0), 9500), -float("inf"), device="cuda")
+    large[:, :vocab] = batch.logits
+    seen = torch.zeros(batch.seen.size(0), 9500, dtype=torch.uint8, device="cuda")
+    seen[:, :vocab] = batch.seen
+    expected = OPS.sample(large, batch.rows, seen, **batch.parameters, seed=batch.seed, step=batch.step)
+    assert torch.equal(batch.sample(), expected)
+    assert torch.equal(batch.seen, seen[:, :vocab])
+
+
+@pytest.mark.gpu
 def test_cuda_draws_the_tokens_that_the_cpu_draws():
     case = Case(device="cpu", dtype=torch.float32)
     batch = Batch(case, list(SETTINGS) * 6, 8194, 4.0)
