@@ -23,12 +23,6 @@
 
 namespace vivace::mesh {
 
-/// The same value, of which the compiler does not know that: what is computed from it does not stay in registers for long.
-__device__ __forceinline__ int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 template <typename T, bool kProbes>
 __device__ __forceinline__ void consume(const Cta& c, int warp, int lane) {
   const StepParams& p = c.args.p;
@@ -38,32 +32,54 @@ __device__ __forceinline__ void consume(const Cta& c, int warp, int lane) {
   const auto fresh = [&] { return Fresh<T>(c, warp, opaque(lane)); };
   const auto attention = [&] { return Attention<T, kProbes>(c, warp, opaque(lane)); };
   const auto products = [&] { return Products<T>(c, warp, opaque(lane)); };
-  residual().begin();
-  fresh().begin();
   Position ring;
+  int tile = c.cta;  // of the head
+  // Half layers, each of which ends with sums for the residual stream, and the head, which begins like the second half of a
+  // layer: there is one copy of what they have in common, since code that the instruction cache does not hold takes longer.
 #pragma unroll 1
-  for (int layer = 0; layer < layers; ++layer) {
-    if (threadIdx.x == 0 && c.has_many_keys()) c.allow(kSomeUnderWay);
-    products().qkv(layer, ring);
-    typename Attention<T, kProbes>::Held held;
-    attention().hold_first(held, ring);
-    fresh().collect(layer);
-    sm90::named_barrier_sync(kReady, kConsumers);
-    if (threadIdx.x == 0) c.allow(kMostUnderWay);
-    attention().run(layer, ring, held);
-    if (threadIdx.x == 0) c.allow(c.has_many_keys() ? kSomeUnderWay : kUnderWay);
-    products().out(layer, ring);
+  for (int i = 0;;) {
+    const int layer = i / 2;
+    const bool is_head = i == 2 * layers;
+    if (tile == c.cta) {
+      const T* gains = is_head      ? static_cast<const T*>(p.norm)
+                       : i % 2 == 0 ? static_cast<const T*>(p.input_norm) + int64_t{layer} * kHidden
+                                    : static_cast<const T*>(p.post_norm) + int64_t{layer} * kHidden;
+      residual().publish(gains, i, is_head);
+    }
+    float sum[32];
+    if (i % 2 == 0 && !is_head) {
+      if (threadIdx.x == 0 && c.has_many_keys()) c.allow(kSomeUnderWay);
+      products().qkv(layer, ring);
+      if (i == 0) fresh().begin();
+      typename Attention<T, kProbes>::Held held;
+      attention().hold_first(held, ring);
+      fresh().collect(layer);
+      sm90::named_barrier_sync(kReady, kConsumers);
+      if (threadIdx.x == 0) c.allow(kMostUnderWay);
+      attention().run(layer, ring, held);
+      if (threadIdx.x == 0) c.allow(c.has_many_keys() ? kSomeUnderWay : kUnderWay);
+      products().out(sum, layer, ring);
+    } else {
+      if (is_head) {
+        if (tile == c.cta && c.rest() > 0) sm90::named_barrier_arrive(kLast, kConsumers + kBeside);
+        if (!c.has_tile(tile)) return;
+      }
+      float part[16];
+      products().multiply_x(part, is_head, ring);
+      if (is_head) {
+        products().store(part, tile);
+        tile += kCtas;
+        continue;
+      }
+      products().gate(part, layer);
+      if (threadIdx.x == 0) c.allow(kUnderWay);
+      products().down(sum, layer, ring);
+    }
+    products().share(sum, i % 2 == 0 ? kOutPhase : kDownPhase);
     if (threadIdx.x == 0 && c.has_many_keys()) c.allow(kUnderWay);
-    sm90::named_barrier_sync(kUsed, kConsumers);
-    residual().add(static_cast<const T*>(p.post_norm) + int64_t{layer} * kHidden, kMiddlePhase);
-    products().gate_up(layer, ring);
-    if (threadIdx.x == 0) c.allow(kUnderWay);
-    products().down(layer, ring);
-    const T* gains = layer + 1 == layers ? static_cast<const T*>(p.norm)
-                                         : static_cast<const T*>(p.input_norm) + int64_t{layer + 1} * kHidden;
-    residual().add(gains, kLastPhase);
+    if (i % 2 == 0) sm90::named_barrier_sync(kUsed, kConsumers);
+    ++i;
   }
-  products().head(ring);
 }
 
 template <typename T, bool kProbes>
@@ -87,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1) mesh_kernel(const __grid_constant
   } else {
     sm90::registers_decrease<kStreamRegisters>();
     if (warp == kWarps) {
-      if (lane == 0) stream(c);
+      if (elect()) stream(c);
     } else {
       if constexpr (kProbes) ProbeWriter(c, thread - (kThreads - kBeside)).run();
       multiply_rest<T>(c, warp - kWarps - 1, lane);

@@ -46,9 +46,11 @@ struct Layout {
   static constexpr size_t sums = 0;  // (blocks, rows, groups, 128): partial sums of `out` and `down`
   static constexpr size_t fresh = sums + size_t{2} * kBlocks * kMaxRows * kGroups * kColumns;  // (groups, rows, blocks, 192)
   static constexpr size_t x = fresh + size_t{2} * kGroups * kMaxRows * kBlocks * kFresh;  // (rows, hidden): residual * gain
-  static constexpr size_t squares = x + size_t{2} * kMaxRows * kHidden;                   // (rows, 16) fp32
-  static constexpr size_t gated = squares + size_t{4} * kMaxRows * 2 * kBlocks;           // (groups, rows, 256)
-  static constexpr size_t attention = gated + size_t{2} * kGroups * kMaxRows * kMiddle;   // (groups, rows, 64)
+  // before the head x and squares have places of their own, so far behind those of the layers
+  static constexpr size_t head_x = size_t{2} * kMaxRows * kHidden, head_squares = size_t{4} * kMaxRows * 2 * kBlocks;
+  static constexpr size_t squares = x + 2 * head_x;                                      // (rows, 16) fp32
+  static constexpr size_t gated = squares + 2 * head_squares;                            // (groups, rows, 256)
+  static constexpr size_t attention = gated + size_t{2} * kGroups * kMaxRows * kMiddle;  // (groups, rows, 64)
   static constexpr size_t bytes = attention + size_t{2} * kGroups * kMaxRows * kDim;
 };
 

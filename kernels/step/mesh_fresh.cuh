@@ -12,7 +12,7 @@ class Fresh {
   __device__ __forceinline__ Fresh(const Cta& c, int warp, int lane)
       : c_(c), warp_(warp), lane_(lane), group_(min(lane / 4, kFresh / 32 - 1)) {}
 
-  /// Rotary tables, and 1 / rms of what the row begins with.
+  /// Rotary tables.
   __device__ __forceinline__ void begin() const {
     if (warp_ >= c_.shared.unit_count) return;
     const StepParams& p = c_.args.p;
@@ -23,19 +23,6 @@ class Fresh {
         fp32 ? static_cast<const float*>(p.rotary_cos)[at] : to_float(static_cast<const T*>(p.rotary_cos)[at]);
     c_.shared.rotary[warp_][1][lane_] =
         fp32 ? static_cast<const float*>(p.rotary_sin)[at] : to_float(static_cast<const T*>(p.rotary_sin)[at]);
-    // 1 / rms of what the row begins with
-    const Embedding<T> embedding(c_, row);
-    float sum = 0.0f;
-#pragma unroll 1
-    for (int g = lane_ / 4; g < kHidden / 32; g += 8) {
-      float x[8];
-      embedding.load(g, lane_, x);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) sum += x[i] * x[i];
-    }
-#pragma unroll
-    for (int distance = 1; distance <= 16; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-    c_.shared.first_inverse[warp_] = rsqrtf(sum * (1.0f / kHidden) + p.eps);
     __syncwarp();
   }
 
@@ -43,8 +30,8 @@ class Fresh {
     if (warp_ >= c_.shared.unit_count) return;
     const Unit unit = c_.shared.units[warp_];
     constexpr int kPitch = kFresh * 2;
-    const uint8_t* from =
-        c_.at<uint8_t>(Layout::fresh) + (c_.group * kMaxRows + unit.row) * kBlocks * kPitch + group_ * 64 + lane_ % 4 * 16;
+    const uint8_t* from = opaque(c_.at<uint8_t>(Layout::fresh) + (c_.group * kMaxRows + unit.row) * kBlocks * kPitch +
+                                 group_ * 64 + lane_ % 4 * 16);
     const uint32_t phase = phase_of(layer);
     Parts<T, kBlocks> parts(phase);
     uint4 squares;
@@ -54,9 +41,9 @@ class Fresh {
       watchdog.check();
       parts.load(from, kPitch, phase);
       squares = step::load_b128(squares_of(c_, unit.row, lane_));
-      wrong = (layer > 0 ? wrong_phase(squares, kLastPhase) : 0) | parts.wrong(phase);
+      wrong = wrong_phase(squares, kFirstPhase) | parts.wrong(phase);
     } while (__any_sync(~0u, wrong & 1));
-    const float scale = layer == 0 ? c_.shared.first_inverse[warp_] : inverse_rms(squares, c_.args.p.eps);
+    const float scale = inverse_rms(squares, c_.args.p.eps);
     float x[8];
     parts.add_up(x);
     const int half = group_ % 2, matrix = group_ / 2;

@@ -10,42 +10,50 @@ class Loader {
  public:
   __device__ __forceinline__ explicit Loader(const Cta& c) : c_(c) {}
 
+  /// One loop over all matrices, so that there is one copy of what a stage takes.
   __device__ __forceinline__ void run() {
     const Args& args = c_.args;
     const int layers = static_cast<int>(args.p.layers);
+    int tile = c_.cta;
 #pragma unroll 1
-    for (int layer = 0; layer < layers; ++layer) {
-#pragma unroll 1
-      for (int m = 0; m < 3; ++m) {  // q, k, v: (2 column blocks, 64 features, 64)
-        fill(kStageBytes, [&](uint8_t* to, uint64_t* barrier) {
-          sm90::tma_load_3d(to, &args.qkv, barrier, 0, (3 * layer + m) * kHidden + kDim * c_.group, 2 * c_.block, kHint);
-        });
+    for (int step = 0;; ++step) {
+      const int layer = step / 4, matrix = layer == layers ? 4 : step % 4;
+      const CUtensorMap* map;
+      int stages, column = 0, row, block = 0;  // of the box; block: of columns, or of halves of them
+      int columns = 0, rows = 0, blocks = 0;   // from a stage to the next
+      if (matrix == 0) {
+        // q, k, v: (2 column blocks, 64 features, 64)
+        map = &args.qkv, stages = 3, row = 3 * layer * kHidden + kDim * c_.group, block = 2 * c_.block, rows = kHidden;
+      } else if (matrix == 1) {
+        keys(layer);
+        // (128 features, 64)
+        map = &args.out, stages = 1, row = layer * kHidden + kColumns * c_.block, block = c_.group;
+      } else if (matrix == 2) {
+        // (half of the columns, gate and up, 32 features, 64)
+        map = &args.gate_up, stages = kHidden / 128, row = kMiddle * c_.group + kShare * c_.block, columns = 64;
+      } else if (matrix == 3) {
+        // (128 features, 64)
+        map = &args.down, stages = kMiddle / 64, row = layer * kHidden + kColumns * c_.block;
+        block = kMiddle / 64 * c_.group, blocks = 1;
+      } else {
+        if (!c_.has_tile(tile)) return;
+        // (half of the columns, 64 features, 64)
+        map = &args.head, stages = kHidden / 128, row = 64 * tile, columns = 64;
+        tile += kCtas;
+        --step;
       }
-      keys(layer);
-      fill(kStageBytes, [&](uint8_t* to, uint64_t* barrier) {  // (128 features, 64)
-        sm90::tma_load_3d(to, &args.out, barrier, 0, layer * kHidden + kColumns * c_.block, c_.group, kHint);
-      });
 #pragma unroll 1
-      for (int s = 0; s < kHidden / 128; ++s) {  // (half of the columns, gate and up, 32 features, 64)
+      for (int s = 0; s < stages; ++s) {
         fill(kStageBytes, [&](uint8_t* to, uint64_t* barrier) {
-          sm90::tma_load_5d(to, &args.gate_up, barrier, 64 * s, kMiddle * c_.group + kShare * c_.block, 0, 0, layer, kHint);
+          if (matrix == 2) {
+            sm90::tma_load_5d(to, map, barrier, column, row, 0, 0, layer, kHint);
+          } else {
+            sm90::tma_load_3d(to, map, barrier, column, row, block, kHint);
+          }
         });
-      }
-#pragma unroll 1
-      for (int s = 0; s < kMiddle / 64; ++s) {  // (128 features, 64)
-        fill(kStageBytes, [&](uint8_t* to, uint64_t* barrier) {
-          sm90::tma_load_3d(to, &args.down, barrier, 0, layer * kHidden + kColumns * c_.block, kMiddle / 64 * c_.group + s,
-                            kHint);
-        });
-      }
-    }
-#pragma unroll 1
-    for (int tile = c_.cta; c_.has_tile(tile); tile += kCtas) {
-#pragma unroll 1
-      for (int s = 0; s < kHidden / 128; ++s) {  // (half of the columns, 64 features, 64)
-        fill(kStageBytes, [&](uint8_t* to, uint64_t* barrier) {
-          sm90::tma_load_3d(to, &args.head, barrier, 64 * s, 64 * tile, 0, kHint);
-        });
+        column += columns;
+        row += rows;
+        block += blocks;
       }
     }
   }

@@ -16,7 +16,7 @@ enum Barrier {
   kReady = 5,  // q, k and v of the CTA's rows are in shared memory (256)
   kMerge = 6,  // all parts of attention's states are in shared memory (256)
   kUsed = 7,   // which may be written again, as may q, k and v (256)
-  kLast = 8    // all of x is there before the head (256, which do not wait, and 96)
+  kLast = 8    // x before the head comes next (256, which do not wait, and 96)
 };
 
 /// A row whose attention of the group's head the CTA computes.
@@ -35,7 +35,6 @@ struct Shared {
   float2 bounds[kUnits][kWarps];      // attention's maxima and sums
   int32_t sorted[kMaxRows];           // rows, longest first
   Unit units[kUnits];
-  float first_inverse[kUnits];  // 1 / rms of what a row begins with
   int32_t lengths[kMaxRows];
   int32_t unit_count;
   int32_t key_stages;  // of all units
@@ -65,6 +64,18 @@ struct Position {
     slot %= kStages;
   }
 };
+
+/// The same value, of which the compiler does not know that: what is computed from it does not stay in registers for long.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+/// Likewise an address: what is added to it becomes part of the instructions.
+template <typename P>
+__device__ __forceinline__ P* opaque(P* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 /// Where a CTA stands in the mesh.
 struct Cta {

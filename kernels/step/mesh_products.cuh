@@ -31,11 +31,7 @@ class Products {
   /// Partial sums of q, k and v: the group's head, over the columns of the CTA's block.
   __device__ __forceinline__ void qkv(int layer, Position& ring) {
     Operand<kColumns / 32> a;
-    if (layer == 0) {
-      embed(a);
-    } else {
-      gather<true>(a, x(kColumns / 32 * c_.block), kHidden / 32, kLastPhase);
-    }
+    gather<true>(a, x(kColumns / 32 * c_.block), kHidden / 32, kFirstPhase);
     if (threadIdx.x == 0) c_.allow(kMoreUnderWay);
     // The first warpgroup has q and the first half of k, the second v and the other half.
     float sum[32], k[16];
@@ -61,24 +57,49 @@ class Products {
     send(k, to + 128 + half_ * 64, pitch, phase_of(layer));
   }
 
-  /// Partial sums of `out` over the group's head.
-  __device__ __forceinline__ void out(int layer, Position& ring) {
+  /// Partial sums of `out` over the group's head, of 64 features.
+  __device__ __forceinline__ void out(float (&sum)[32], int layer, Position& ring) const {
     Operand<kDim / 32> a;
     gather<false>(a, c_.attention(), kDim / 32, phase_of(layer));
-    share<1>(a, ring, kMiddlePhase);
+    product(sum, a, ring);
+  }
+
+  /// Partial sums of `down` over the group's intermediates, of 64 features.
+  __device__ __forceinline__ void down(float (&sum)[32], int layer, Position& ring) const {
+    Operand<kMiddle / 32> a;
+    gather<true>(a, c_.gated(), kMiddle / 32, phase_of(layer));
+    if (threadIdx.x == 0 && c_.has_many_keys()) c_.allow(kSomeUnderWay);
+    product(sum, a, ring);
+  }
+
+  /// The same to those who add them up.
+  __device__ __forceinline__ void share(const float (&sum)[32], uint32_t phase) const {
+    send(sum, c_.at<uint8_t>(Layout::sums) + place_of_sums(c_.block, 0, c_.group) + half_ * kSumsHalf, kSumsPitch, phase);
+  }
+
+  /// x of the middle of a layer, or before the head, normalised, times 64 features: of row row_ + 32 half_.
+  __device__ __forceinline__ void multiply_x(float (&result)[16], bool is_head, Position& ring) const {
+    static_assert(kMiddlePhase == kHeadPhase);
+    float sum[32];
+    uint4 squares;
+    {
+      Operand<kHidden / 64> a;
+      gather<true>(a, x(half_ * (kHidden / 64)) + (is_head ? Layout::head_x : 0), kHidden / 32, kMiddlePhase);
+      if (threadIdx.x == 0) c_.allow(kMoreUnderWay);
+      squares = ask_for_squares(is_head);
+      product(sum, a, ring);
+    }
+    add_halves(result, sum);
+    const float scale = inverse(squares, is_head);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) result[i] *= scale;
   }
 
   /// silu(gate) * up of the CTA's intermediates.
-  __device__ __forceinline__ void gate_up(int layer, Position& ring) {
-    float all[32], sum[16];
-    clear(all);
-    uint4 squares;
-    multiply_arriving(all, squares, ring, kMiddlePhase);
-    add_halves(sum, all);
-    const float scale = inverse(squares, kMiddlePhase);
+  __device__ __forceinline__ void gate(const float (&sum)[16], int layer) const {
     float gated[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) gated[i] = silu(sum[i] * scale) * (sum[8 + i] * scale);
+    for (int i = 0; i < 8; ++i) gated[i] = silu(sum[i]) * sum[8 + i];
     const int row = row_ + 32 * half_;
     if (row < c_.rows) {
       uint8_t* to = c_.gated() + place_of(row, c_.block, kMiddle / 32) + lane_ % 4 * 16;
@@ -87,42 +108,19 @@ class Products {
     __syncwarp();
   }
 
-  /// Partial sums of `down` over the group's intermediates.
-  __device__ __forceinline__ void down(int layer, Position& ring) {
-    Operand<kMiddle / 32> a;
-    gather<true>(a, c_.gated(), kMiddle / 32, phase_of(layer));
-    if (threadIdx.x == 0 && c_.has_many_keys()) c_.allow(kSomeUnderWay);
-    share<kMiddle / 64>(a, ring, kLastPhase);
-    if (threadIdx.x == 0 && c_.has_many_keys()) c_.allow(kUnderWay);
-  }
-
-  __device__ __forceinline__ void head(Position& ring) {
+  /// Logits of a tile of 64.
+  __device__ __forceinline__ void store(const float (&sum)[16], int tile) const {
     const StepParams& p = c_.args.p;
-    Operand<kHidden / 64> a;
-    gather<true>(a, half_of_x(), kHidden / 32, kLastPhase);
-    uint4 squares = ask_for_squares(kLastPhase);
-    const float scale = inverse(squares, kLastPhase);
-    if (c_.rest() > 0) sm90::named_barrier_arrive(kLast, kConsumers + kBeside);
-#pragma unroll 1
-    for (int tile = c_.cta; c_.has_tile(tile); tile += kCtas) {
-      float sum[16];
-      {
-        float all[32];
-        clear(all);
-        start(all, a, ring);
-        finish(ring, kHidden / 128);
-        add_halves(sum, all);
-      }
-      const int row = row_ + 32 * half_;
-      if (row < c_.rows) {
+    const int row = row_ + 32 * half_;
+    if (row < c_.rows) {
+      float* to = opaque(p.logits + row * p.vocab + 64 * tile + lane_ % 4 * 2);
+      const int left = static_cast<int>(p.vocab) - 64 * tile - lane_ % 4 * 2;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
-          const int64_t feature = 64 * tile + i / 2 * 8 + lane_ % 4 * 2 + i % 2;
-          if (feature < p.vocab) p.logits[row * p.vocab + feature] = sum[i] * scale;
-        }
+      for (int i = 0; i < 16; ++i) {
+        if (i / 2 * 8 + i % 2 < left) to[i / 2 * 8 + i % 2] = sum[i];
       }
-      __syncwarp();
     }
+    __syncwarp();
   }
 
  private:
@@ -148,10 +146,12 @@ class Products {
     sm90::Wgmma<T, kN>::rs_k(sum, {a[0].z, a[1].z, a[0].w, a[1].w}, sm90::wgmma_descriptor_of(low + 2), true);
   }
 
-  /// Starts sum += A times 64 features, over the next stages, one for each two groups of columns: the half of each that is
-  /// the warpgroup's, 64 columns.
+  /// A times 64 features, over the next stages, one for each two groups of columns: the half of each that is the
+  /// warpgroup's, 64 columns. A stage is released as soon as it has been multiplied.
   template <int kOperands>
-  __device__ __forceinline__ void start(float (&sum)[32], const Operand<kOperands>& a, Position at) const {
+  __device__ __forceinline__ void product(float (&sum)[32], const Operand<kOperands>& a, Position& ring) const {
+    clear(sum);
+    Position at = ring;
 #pragma unroll
     for (int s = 0; s < kOperands / 2; ++s) {
       const uint8_t* stage = c_.wait(at) + half_ * 8192;
@@ -159,8 +159,13 @@ class Products {
       sm90::wgmma_fence();
       multiply<64>(sum, a.v[2 * s], stage);
       multiply<64>(sum, a.v[2 * s + 1], stage + 64);
+      sm90::wgmma_commit();
+      if (s == 0) continue;
+      sm90::wgmma_wait<1>();
+      release(ring);
     }
-    sm90::wgmma_commit();
+    finish(ring, 1);
+    sm90::wgmma_hold(sum);
   }
 
   /// The products under way, which read the next `stages` stages, are complete.
@@ -168,25 +173,6 @@ class Products {
     sm90::wgmma_wait<0>();
 #pragma unroll
     for (int s = 0; s < stages; ++s) release(ring);
-  }
-
-  /// First values of the residual stream, times the first gain.
-  template <int kCount>
-  __device__ __forceinline__ void embed(Operand<kCount>& a) const {
-    const T* gain = static_cast<const T*>(c_.args.p.input_norm);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Embedding<T> embedding(c_, r == 0 ? first_ : second_);
-#pragma unroll
-      for (int g = 0; g < kCount; ++g) {
-        const int group = kCount * c_.block + g;
-        float x[8];
-        embedding.load(group, lane_, x);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] *= to_float(gain[32 * group + column_of(lane_, i)]);
-        a.v[g][r] = vector_of<T>(x, kLastPhase);
-      }
-    }
   }
 
   /// Waits for a vector of each warp that sends something of x of these rows: to ask for all of it again and again holds up
@@ -204,11 +190,10 @@ class Products {
   template <bool kPolls, int kCount>
   __device__ __forceinline__ void gather(Operand<kCount>& a, const uint8_t* place, int groups, uint32_t phase) const {
 #pragma unroll
-    for (int g = 0; g < kCount; ++g) a.v[g][0] = a.v[g][1] = make_uint4(0, 0, 0, 0);
+    for (int g = 0; g < kCount; ++g) a.v[g][0] = a.v[g][1] = make_uint4(0, 0, 0, 0);  // or they are kept over a layer
     if (!has_rows_) return;
     const uint8_t* from = place + lane_ % 4 * 16;
     const uint8_t* first = from + place_of(row_, 0, groups);
-    const uint8_t* second = first + second_pitch(groups);
     if constexpr (kPolls) {
       if constexpr (kCount == kMiddle / 32) {  // 8 CTAs, rows below 32 and above
         const int row = lane_ / 8 % 2 == 1 && has_second_ ? pair_ + 32 : pair_;
@@ -217,110 +202,47 @@ class Products {
         look_at_x<kCount>(place, phase);
       }
     }
-    uint32_t wrong;
     step::Watchdog<kTurns> watchdog;
     do {
       watchdog.check();
-      wrong = 0;
-      if (row_ < c_.rows) {
-#pragma unroll
-        for (int g = 0; g < kCount; ++g) a.v[g][0] = step::load_b128(first + kGroupPitch * g);
-      }
-      if (row_ + 32 < c_.rows) {
-#pragma unroll
-        for (int g = 0; g < kCount; ++g) a.v[g][1] = step::load_b128(second + kGroupPitch * g);
-#pragma unroll
-        for (int g = 0; g < kCount; ++g) wrong |= a.v[g][1].x ^ phase;
-      }
-      if (row_ < c_.rows) {
-#pragma unroll
-        for (int g = 0; g < kCount; ++g) wrong |= a.v[g][0].x ^ phase;
-      }
-    } while (__any_sync(~0u, wrong & 1));
+      load(a, first, groups);
+    } while (__any_sync(~0u, wrong(a, phase) & 1));
   }
 
-  /// x from a group of columns on; the first group of the warpgroup's half.
+  /// Asks for operand A. Rows that there are not keep what they have: nobody reads their sums.
+  template <int kCount>
+  __device__ __forceinline__ void load(Operand<kCount>& a, const uint8_t* from, int groups) const {
+    from = opaque(from);
+#pragma unroll
+    for (int g = 0; g < kCount; ++g) load_b128_if(a.v[g][0], from + kGroupPitch * g, row_ < c_.rows);
+    from = opaque(from + second_pitch(groups));
+#pragma unroll
+    for (int g = 0; g < kCount; ++g) load_b128_if(a.v[g][1], from + kGroupPitch * g, row_ + 32 < c_.rows);
+  }
+  /// Whose lowest bit says that a vector does not have the phase.
+  template <int kCount>
+  __device__ __forceinline__ uint32_t wrong(const Operand<kCount>& a, uint32_t phase) const {
+    uint32_t x = 0, y = 0;
+#pragma unroll
+    for (int g = 0; g < kCount; ++g) x |= a.v[g][0].x ^ phase, y |= a.v[g][1].x ^ phase;
+    return (row_ < c_.rows ? x : 0) | (row_ + 32 < c_.rows ? y : 0);
+  }
+
+  /// x from a group of columns on.
   __device__ __forceinline__ const uint8_t* x(int group) const { return c_.at<uint8_t>(Layout::x) + kGroupPitch * group; }
-  __device__ __forceinline__ const uint8_t* half_of_x() const { return x(half_ * (kHidden / 64)); }
 
   /// The squares of the row whose sums this thread completes, whether they are there or not; and, when they are, 1 / rms.
-  __device__ __forceinline__ uint4 ask_for_squares(uint32_t phase) const {
-    if (!has_rows_) return make_uint4(phase, phase, phase, phase);
-    return step::load_b128(squares_of(c_, half_ == 0 ? first_ : second_, lane_));
+  __device__ __forceinline__ uint4 ask_for_squares(bool is_head) const {
+    if (!has_rows_) return make_uint4(kMiddlePhase, kMiddlePhase, kMiddlePhase, kMiddlePhase);
+    return step::load_b128(squares_of(c_, half_ == 0 ? first_ : second_, lane_) + (is_head ? Layout::head_squares : 0));
   }
-  __device__ __forceinline__ float inverse(uint4& squares, uint32_t phase) const {
+  __device__ __forceinline__ float inverse(uint4& squares, bool is_head) const {
     step::Watchdog<kTurns> watchdog;
-    while (__any_sync(~0u, wrong_phase(squares, phase) & 1)) {
+    while (__any_sync(~0u, wrong_phase(squares, kMiddlePhase) & 1)) {
       watchdog.check();
-      squares = ask_for_squares(phase);
+      squares = ask_for_squares(is_head);
     }
     return inverse_rms(squares, c_.args.p.eps);
-  }
-
-  /// A part of the half of x, 64 columns for a stage of weights: a lane's vectors of the rows that there are.
-  __device__ __forceinline__ void load_part(Operand<kHidden / 64>& a, int part, const uint8_t* from) const {
-    if (row_ < c_.rows) {
-#pragma unroll
-      for (int g = 2 * part; g < 2 * part + 2; ++g) a.v[g][0] = step::load_b128(from + kGroupPitch * g);
-    }
-    if (row_ + 32 < c_.rows) {
-#pragma unroll
-      for (int g = 2 * part; g < 2 * part + 2; ++g)
-        a.v[g][1] = step::load_b128(from + second_pitch(kHidden / 32) + kGroupPitch * g);
-    }
-  }
-
-  /// Waits for a part that has been asked for.
-  __device__ __forceinline__ void wait_part(Operand<kHidden / 64>& a, int part, const uint8_t* from, uint32_t phase) const {
-    if (!has_rows_) return;
-    step::Watchdog<kTurns> watchdog;
-#pragma unroll 1
-    while (true) {
-      uint32_t wrong = 0;
-      if (row_ < c_.rows) wrong |= (a.v[2 * part][0].x ^ phase) | (a.v[2 * part + 1][0].x ^ phase);
-      if (row_ + 32 < c_.rows) wrong |= (a.v[2 * part][1].x ^ phase) | (a.v[2 * part + 1][1].x ^ phase);
-      if (!__any_sync(~0u, wrong & 1)) return;
-      watchdog.check();
-      load_part(a, part, from);
-    }
-  }
-
-  /// Sums over the warpgroup's half of the columns of x, 64 features, while x arrives. All parts but the last are asked for
-  /// at once (registers); a stage is released as soon as it has been multiplied.
-  __device__ __forceinline__ void multiply_arriving(float (&sum)[32], uint4& squares, Position& ring, uint32_t phase) const {
-    constexpr int kParts = kHidden / 128, kAtOnce = kParts - 1;
-    Operand<kHidden / 64> a;
-#pragma unroll
-    for (int g = 0; g < 2 * kAtOnce; ++g) a.v[g][0] = a.v[g][1] = make_uint4(0, 0, 0, 0);
-    const uint8_t* from = half_of_x() + place_of(row_, 0, kHidden / 32) + lane_ % 4 * 16;
-    if (has_rows_) {
-      look_at_x<kHidden / 64>(half_of_x(), phase);
-#pragma unroll
-      for (int part = 0; part < kAtOnce; ++part) load_part(a, part, from);
-    }
-    squares = ask_for_squares(phase);
-    Position at = ring;
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      wait_part(a, part, from, phase);
-      if (part == 0 && threadIdx.x == 0) c_.allow(kMoreUnderWay);
-      const uint8_t* stage = c_.wait(at) + half_ * 8192;
-      at.next();
-      sm90::wgmma_fence();
-      multiply<64>(sum, a.v[2 * part], stage);
-      multiply<64>(sum, a.v[2 * part + 1], stage + 64);
-      sm90::wgmma_commit();
-      if (part == 0) continue;
-      sm90::wgmma_wait<1>();
-      release(ring);
-      const int next = part - 1 + kAtOnce;
-      if (next < kParts) {
-#pragma unroll
-        for (int g = 2 * next; g < 2 * next + 2; ++g) a.v[g][0] = a.v[g][1] = make_uint4(0, 0, 0, 0);
-        load_part(a, next, from);
-      }
-    }
-    finish(ring, 1);
   }
 
   __device__ __forceinline__ void release(Position& ring) const {
@@ -348,17 +270,6 @@ class Products {
       result[4 * i + 3] = (half_ == 0 ? sum[8 * i + 5] : sum[8 * i + 7]) + other.w;
     }
     sm90::named_barrier_sync(kPair + pair_, 64);
-  }
-
-  /// kCount stages of 128 features times 64 columns; a warpgroup has half of the features.
-  template <int kCount>
-  __device__ __forceinline__ void share(const Operand<2 * kCount>& a, Position& ring, uint32_t phase) const {
-    float sum[32];
-    clear(sum);
-    start(sum, a, ring);
-    finish(ring, kCount);
-    sm90::wgmma_hold(sum);
-    send(sum, c_.at<uint8_t>(Layout::sums) + place_of_sums(c_.block, 0, c_.group) + half_ * kSumsHalf, kSumsPitch, phase);
   }
 
   /// Partial sums of groups of columns that lie side by side, rounded, to the lane's rows, `pitch` bytes apart.

@@ -17,4 +17,25 @@ __device__ __forceinline__ void store_relaxed(void* p, uint32_t v) {
   asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
+/// elect.sync: one lane of a whole warp, of which the compiler knows that it is one.
+__device__ __forceinline__ bool elect() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
+  return elected != 0;
+}
+
+/// v = step::load_b128(p) if `there`. One instruction under a predicate: of a load under a condition the compiler would make
+/// copies, all of them behind the last of the loads that are under way.
+__device__ __forceinline__ void load_b128_if(uint4& v, const void* p, bool there) {
+  uint64_t low = v.x | static_cast<uint64_t>(v.y) << 32, high = v.z | static_cast<uint64_t>(v.w) << 32;
+  asm volatile(
+      "{\n.reg .b128 x;\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\nmov.b128 x, {%0, %1};\n"
+      "@p ld.relaxed.gpu.global.b128 x, [%2];\nmov.b128 {%0, %1}, x;\n}\n"
+      : "+l"(low), "+l"(high)
+      : "l"(p), "r"(static_cast<int>(there))
+      : "memory");
+  v = make_uint4(static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+                 static_cast<uint32_t>(high >> 32));
+}
+
 }  // namespace vivace::mesh

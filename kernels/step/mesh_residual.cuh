@@ -65,22 +65,45 @@ class Residual {
   __device__ __forceinline__ Residual(const Cta& c, int warp, int lane, float (&x)[8])
       : c_(c), x_(x), lane_(lane), half_(warp % 2), group_(2 * half_ + lane / 4 % 2), row_(c.group + kGroups * (warp / 2)) {}
 
-  /// What the row begins with.
-  __device__ __forceinline__ void begin() const {
-    if (row_ < c_.rows) Embedding<T>(c_, row_).load(kColumns / 32 * c_.block + group_, lane_, x_);
-  }
-
-  /// Adds the sums of `out` or `down`, of that phase, and publishes what the next product reads, x * gain, and the
-  /// sum of squares, in the same phase.
-  __device__ __forceinline__ void add(const void* gains, uint32_t phase) const {
+  /// Before half layer i, or the head: what the row begins with, or the sums of `out` or `down` added; then publishes what
+  /// is multiplied next, x * gain, and the sum of its squares.
+  __device__ __forceinline__ void publish(const void* gains, int i, bool is_last) const {
     if (row_ >= c_.rows) return;
     const T* gain = static_cast<const T*>(gains) + kColumns * c_.block + 32 * group_;
     float2 g[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) g[i] = pair_of(gain + column_of(lane_, 2 * i));
+    for (int k = 0; k < 4; ++k) g[k] = pair_of(gain + column_of(lane_, 2 * k));
+    uint8_t* to =
+        c_.at<uint8_t>(Layout::x) + place_of(row_, kColumns / 32 * c_.block + group_, kHidden / 32) + lane_ % 4 * 16;
+    uint8_t* squares_to = c_.at<uint8_t>(Layout::squares) + place_of(row_, 0, 1) + 4 * (2 * c_.block + half_);
+    if (i == 0) {
+      Embedding<T>(c_, row_).load(kColumns / 32 * c_.block + group_, lane_, x_);
+      // the other phase than before the head, which is written once a step
+      if (lane_ < 8) step::store_b128(to + Layout::head_x, make_uint4(kHeadPhase ^ 1, 0, 0, 0));
+      if (lane_ == 0) store_relaxed(squares_to + Layout::head_squares, kHeadPhase ^ 1);
+    } else {
+      add(i % 2 == 1 ? kOutPhase : kDownPhase);
+    }
+    const uint32_t phase = is_last ? kHeadPhase : i % 2 == 1 ? kMiddlePhase : kFirstPhase;
+    float scaled[8], squares = 0.0f;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      squares += x_[k] * x_[k];
+      scaled[k] = x_[k] * (k % 2 == 0 ? g[k / 2].x : g[k / 2].y);
+    }
+    if (lane_ < 8) step::store_b128(to + (is_last ? Layout::head_x : 0), vector_of<T>(scaled, phase));
+#pragma unroll
+    for (int distance = 1; distance <= 4; distance *= 2) squares += __shfl_xor_sync(~0u, squares, distance);
+    if (lane_ == 0) store_relaxed(squares_to + (is_last ? Layout::head_squares : 0), with_phase(squares, phase));
+    __syncwarp();
+  }
 
+ private:
+  /// Adds the sums of `out` or `down`, of that phase.
+  __device__ __forceinline__ void add(uint32_t phase) const {
     constexpr int kPerLane = kGroups / 4;  // lanes 8 q to 8 q + 7 have sources 4 q to 4 q + 3
-    const uint8_t* from = c_.at<uint8_t>(Layout::sums) + place_of_sums(c_.block, row_, 0) + half_ * kSumsHalf + lane_ * 16;
+    const uint8_t* from =
+        opaque(c_.at<uint8_t>(Layout::sums) + place_of_sums(c_.block, row_, 0) + half_ * kSumsHalf + lane_ * 16);
     Parts<T, kPerLane> parts(phase);
     step::Watchdog<kTurns> watchdog;
     do {
@@ -92,30 +115,12 @@ class Residual {
 #pragma unroll
     for (int distance = 8; distance <= 16; distance *= 2) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] += __shfl_xor_sync(~0u, sum[i], distance);
-    }
-    float scaled[8], squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      x_[i] += sum[i];
-      squares += x_[i] * x_[i];
-      scaled[i] = x_[i] * (i % 2 == 0 ? g[i / 2].x : g[i / 2].y);
-    }
-    if (lane_ < 8) {
-      uint8_t* to =
-          c_.at<uint8_t>(Layout::x) + place_of(row_, kColumns / 32 * c_.block + group_, kHidden / 32) + lane_ % 4 * 16;
-      step::store_b128(to, vector_of<T>(scaled, phase));
+      for (int k = 0; k < 8; ++k) sum[k] += __shfl_xor_sync(~0u, sum[k], distance);
     }
 #pragma unroll
-    for (int distance = 1; distance <= 4; distance *= 2) squares += __shfl_xor_sync(~0u, squares, distance);
-    if (lane_ == 0) {
-      store_relaxed(c_.at<uint8_t>(Layout::squares) + place_of(row_, 0, 1) + 4 * (2 * c_.block + half_),
-                    with_phase(squares, phase));
-    }
-    __syncwarp();
+    for (int k = 0; k < 8; ++k) x_[k] += sum[k];
   }
 
- private:
   const Cta& c_;
   float (&x_)[8];
   int lane_, half_, group_, row_;

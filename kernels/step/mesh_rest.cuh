@@ -18,14 +18,25 @@ __device__ __forceinline__ void multiply_rest(const Cta& c, int warp, int lane) 
 #pragma unroll 1
   for (int i = c.cta + kCtas * warp; i < c.rows * rest; i += kCtas * (kBeside / 32)) {
     const int row = i / rest, feature = i % rest;
-    const uint4 squares = step::load_b128(squares_of(c, row, lane));
-    const uint8_t* x = c.at<uint8_t>(Layout::x) + place_of(row, lane / 4, kHidden / 32) + lane % 4 * 16;
+    const uint8_t* x = c.at<uint8_t>(Layout::x) + Layout::head_x + place_of(row, lane / 4, kHidden / 32) + lane % 4 * 16;
+    uint4 squares, v[kHidden / 256];
+    uint32_t wrong;
+    step::Watchdog<kTurns> watchdog;
+    do {
+      watchdog.check();
+      squares = step::load_b128(squares_of(c, row, lane) + Layout::head_squares);
+      wrong = wrong_phase(squares, kHeadPhase);
+#pragma unroll
+      for (int k = 0; k < kHidden / 256; ++k) v[k] = step::load_b128(x + 8 * k * kGroupPitch);
+#pragma unroll
+      for (int k = 0; k < kHidden / 256; ++k) wrong |= v[k].x ^ kHeadPhase;
+    } while (__any_sync(~0u, wrong & 1));
     const T* weights = head + feature * kHidden + lane / 4 * 32;
     float sum = 0.0f;
 #pragma unroll
     for (int column = 0; column < kHidden; column += 256) {
       float a[8];
-      unpack_vector<T>(step::load_b128(x + column / 32 * kGroupPitch), a);
+      unpack_vector<T>(v[column / 256], a);
 #pragma unroll
       for (int k = 0; k < 8; k += 2) {
         const float2 w = pair_of(weights + column + column_of(lane, k));

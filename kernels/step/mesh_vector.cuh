@@ -8,7 +8,9 @@
 // follow gated values of the whole group, these all of x, and x the reading of the sums of `out`. Those follow attention,
 // this q, k and v over all columns, and these x, for which the sums of `down` had been read. x of the middle of a layer
 // follows sums of `out` of all groups, whose warps had read x before; x of the end sums of `down`, these gated values of all
-// blocks, and these all of x. The others are written once a layer, after x that follows what their readers sent.
+// blocks, and these all of x. The others are written once a layer, after x that follows what their readers sent. x begins a
+// layer as often as it is in the middle of one; x before the head has a place of its own, which the begin of the step
+// writes, too.
 //
 // Columns: a lane of wgmma has, of each 32 columns, {0, 1, 8, 9, 16, 17, 24, 25} + 2 (lane % 4), be it of a sum or
 // of operand A. So of each 32 columns the 8 of a lane are a vector of T: a row is groups of 32 columns, a group 4 vectors.
@@ -22,8 +24,9 @@
 
 namespace vivace::mesh {
 
-/// Phases of what is written: `out` before `down`, x between the two before x after them; else by layer.
-inline constexpr uint32_t kMiddlePhase = 1, kLastPhase = 0;
+/// Phases of what is written: sums of `out` and `down`; x at a layer's begin, in its middle, and before the head; else by
+/// layer.
+inline constexpr uint32_t kOutPhase = 1, kDownPhase = 0, kFirstPhase = 1, kMiddlePhase = 0, kHeadPhase = 0;
 __device__ __forceinline__ uint32_t phase_of(int layer) { return (layer + 1) & 1; }
 
 /// Of rows of `groups` groups in T: where a row's 64 bytes of a group are. Rows r, r + 4, ... r + 28 of it lie side by side:

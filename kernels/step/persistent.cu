@@ -8,14 +8,14 @@ namespace {
 
 using namespace step;
 
-/// How long the current device takes to read so many bytes, at 93 % of what its memory's clock and width make.
-float stage_ns(int bytes) {
+/// How long the current device takes to read so many bytes, at that part of what its memory's clock and width make.
+float read_ns(int bytes, float part) {
   int device = 0, clock = 0, width = 0;  // kHz, bits
   if (cudaGetDevice(&device) != cudaSuccess) return 0.0f;
   cudaDeviceGetAttribute(&clock, cudaDevAttrMemoryClockRate, device);
   cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, device);
   const float bytes_per_ns = 2e-6f * static_cast<float>(clock) * static_cast<float>(width) / 8;
-  return bytes_per_ns > 0 ? static_cast<float>(bytes) / (0.93f * bytes_per_ns) : 0.0f;
+  return bytes_per_ns > 0 ? static_cast<float>(bytes) / (part * bytes_per_ns) : 0.0f;
 }
 
 template <int kHeads, int kRows, bool kProbes>
@@ -24,7 +24,7 @@ cudaError_t launch(const StepParams& p, cudaStream_t stream) {
   PersistentArgs args;
   args.p = p;
   args.zero = 0;
-  args.stage_ns = stage_ns(S::stage_bytes * S::ctas);
+  args.stage_ns = read_ns(S::stage_bytes * S::ctas, S::pace);
   const int64_t row = S::hidden * 2;
   const auto matrix = [&](CUtensorMap& map, const void* data, int64_t outputs, int64_t inputs) {
     return encode_matrix(map, p.dtype, data, outputs, inputs, 8, S::heads);

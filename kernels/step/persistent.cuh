@@ -51,12 +51,11 @@ __global__ void __launch_bounds__(PersistentShape<kHeads, kRows>::threads, 1)
   float* sums_c = sums_a + S::sums_a;
   float* probe_lse = sums_c + S::sums_c;
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);  // known to be the same for the warp
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < S::stages; ++i) {
-      sm90::barrier_init(ring.full + i, 1);
-      sm90::barrier_init(ring.empty + i, S::warps);
-    }
-    sm90::barrier_init(attended, 32 * S::warps);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < S::stages) {
+    sm90::barrier_init(ring.full + thread, 1);
+    sm90::barrier_init(ring.empty + thread, S::warps);
+    if (thread == 0) sm90::barrier_init(attended, 32 * S::warps);
     sm90::barrier_init_fence();
   }
   __syncthreads();

@@ -24,10 +24,10 @@ struct PersistentShape {
   static constexpr int consumer_registers = 208;    // 2 warps of 208 and one of 88 in each quarter of the SM: 3 of 168
   static constexpr int producer_registers = 88;
 
-  // Stages that the copy engine may have under way. More only delay the packets, unless they are asked for at the pace at
-  // which memory gives them.
-  static constexpr bool paced = rows == 1;
-  static constexpr int in_flight_unpaced = 2, in_flight = paced ? 4 : in_flight_unpaced;
+  // Stages that the copy engine may have under way. More only delay the packets, unless they are asked for at a pace: that
+  // of memory, or with more rows, whose layers take longer, one that is a little quicker than the layers are.
+  static constexpr int in_flight_unpaced = 2, in_flight = 4;
+  static constexpr float pace = rows == 1 ? 0.955f : rows == 2 ? 0.9f : 0.83f;  // of what memory's clock and width make
   static constexpr int stage_bytes = 8 * hidden * 2;  // 8 rows of weights, or `chunk` keys and values
   static constexpr int chunk = 8 * warps;             // keys of a stage
   static constexpr int chunk_groups = chunk / 16;     // of 16 keys, which a warp takes at a time
@@ -40,9 +40,12 @@ struct PersistentShape {
   static constexpr int slots = warps + 1;        // partial results of attention: a warp's, and the new key's
   static constexpr int slot_floats = head_dim + 2;
 
+  // Of the head, in a round of a CTA; T3's vocabulary has a tile more than eight for each.
+  static constexpr int head_tiles = 10;
+
   // Pairs of gate/up's tiles, two stages each, fetched before the projection's inputs are there. More keep the stream
   // running while CTAs exchange results, which then takes longer.
-  static constexpr int early_pairs = paced ? 2 : rows <= 2 ? 1 : 0;
+  static constexpr int early_pairs = rows <= 2 ? 2 : 1;
 
   static constexpr int passes = rows <= 2 ? 1 : 2;          // in which down's inputs are staged
   static constexpr int gated_words = 256 / passes;          // a row and pass; two bf16 a word
@@ -58,7 +61,7 @@ struct PersistentShape {
   static constexpr int max_shared = 232448;
   static constexpr int stages = std::min(16, (max_shared - fixed_bytes) / (stage_bytes + 16));
   static constexpr int shared_bytes = stages * (stage_bytes + 16) + fixed_bytes;
-  static_assert(stages >= 9 && rows <= 4);
+  static_assert(stages >= head_tiles && rows <= 4);
 };
 
 /// Mailboxes in the workspace, by offset in bytes; sized for all rows, so that they do not depend on `rows`.
@@ -71,7 +74,7 @@ struct Mailboxes {
   static constexpr int gated_packets = 6;  // a CTA and row: 32 intermediate values
   static constexpr size_t row_packets = size_t{16} * Shape::ctas * kMaxRows;
   static constexpr size_t counter = 0;
-  static constexpr size_t pace = 128;                                              // cycles from stage to stage
+  static constexpr size_t clock = 128;                                             // cycles a microsecond
   static constexpr size_t heads_qkv = 256;                                         // uint2 (heads, rows, q|k|v, 32)
   static constexpr size_t parts = heads_qkv + size_t{8} * kHeads * kMaxRows * 96;  // uint4 (rows, ctas, 11)
   static constexpr size_t x_out = parts + row_packets * part_packets;              // uint4 (rows, ctas, 2)
@@ -91,7 +94,7 @@ struct PersistentArgs {
   CUtensorMap k[2];  // 64 of a head, `chunk` or 8 positions, head, cache row, layer
   CUtensorMap v[2];
   StepParams p;
-  float stage_ns;  // in which memory gives all CTAs a stage; 0: not known
+  float stage_ns;  // from stage to stage at least; 0: not known
   uint32_t zero;   // 0, but the compiler does not know
 };
 

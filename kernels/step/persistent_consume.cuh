@@ -7,33 +7,51 @@
 
 namespace vivace::step {
 
+/// The head, whose weights are in registers before the inputs come, but for the ninth tile's and the tenth's.
 template <int kHeads, int kRows>
 __device__ __forceinline__ void logits(Worker<kHeads, kRows>& self) {
   using S = PersistentShape<kHeads, kRows>;
+  using M = Mailboxes<kHeads>;
   const int tiles = static_cast<int>((self.p.vocab + 7) / 8);
-  for (int tile = self.cta; tile < tiles; tile += 8 * S::ctas) {
-    const int n = min(8, (tiles - tile + S::ctas - 1) / S::ctas);
+  int tile = self.cta;
+  do {
+    const int n = min(S::head_tiles, (tiles - tile + S::ctas - 1) / S::ctas);
     TileWeights w;
     // Stages past the n-th hold old weights, whose products nobody reads.
+#pragma unroll 1
     for (int i = 0; i < n; ++i) self.ring.wait_full(i);
     __syncwarp();
-    const uint32_t bits = load_weights(self, w);
-    for (int i = 0; i < n; ++i) self.ring.template release<1>(self.lane, bits & self.zero);
-    if (tile != self.cta) self.synchronize();  // the sums before have been read
-    multiply(self, w);
+    const uint32_t bits = load_weights<0, 4>(self, w);
+    self.ring.release_some(self.lane, min(n, 8), bits & self.zero);
+    if (tile == self.cta) {
+      receive_inputs(self, M::x_down);
+    } else {
+      self.synchronize();  // the sums before have been read
+    }
+    multiply<S::row_b>(self, w, self.sums_b);
+    if (n > 8) {
+      PairWeights<1> more;
+      self.ring.release_some(self.lane, n - 8, load_weights<0, 1>(self, more) & self.zero);
+      multiply<S::row_a>(self, more, self.sums_a);
+    }
     self.synchronize();
 #pragma unroll 1
     for (int row = self.warp; row < self.rows; row += S::warps) {
       const float* sums = self.sums_b + row * S::row_b;
       const float scale = inverse_rms(self, sums);
+      float* to = self.p.logits + row * self.p.vocab;
+      auto store = [&](int output, float sum) {
+        const int at = 8 * (tile + output / 8 * S::ctas) + output % 8;
+        if (output / 8 < n && at < self.p.vocab) to[at] = sum * scale;
+      };
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        const int output = self.lane + 32 * side, at = 8 * (tile + output / 8 * S::ctas) + output % 8;
-        const float y = sum_over_warps<S, S::row_b>(sums + output) * scale;
-        if (output / 8 < n && at < self.p.vocab) self.p.logits[row * self.p.vocab + at] = y;
+        store(self.lane + 32 * side, sum_over_warps<S, S::row_b>(sums + self.lane + 32 * side));
       }
+      if (n > 8) store(64 + self.lane % 16, sum_over_warps<S, S::row_a>(self.sums_a + row * S::row_a + self.lane % 16));
     }
-  }
+    tile += S::head_tiles * S::ctas;
+  } while (tile < tiles);
 }
 
 template <int kHeads, int kRows>
@@ -113,9 +131,9 @@ __device__ __forceinline__ void consume(Worker<kHeads, kRows>& self, uint64_t* a
     }
     self.synchronize();
     send_residual<S::row_a>(self, self.sums_a, M::x_out, gain_post);
-    self.template fetch<8 - 2 * S::early_pairs>([&] { return load_weights<S::early_pairs>(self, gate_up); });
+    self.template fetch<8 - 2 * S::early_pairs>([&] { return load_weights<S::early_pairs, 4>(self, gate_up); });
     receive_inputs(self, M::x_out);
-    multiply(self, gate_up);
+    multiply<S::row_b>(self, gate_up, self.sums_b);
     self.synchronize();
     send_gated(self);
     {
@@ -133,7 +151,6 @@ __device__ __forceinline__ void consume(Worker<kHeads, kRows>& self, uint64_t* a
     self.synchronize();
     send_residual<S::row_c>(self, self.sums_c, M::x_down, gain_next);
   }
-  receive_inputs(self, M::x_down);
   logits(self);
   // Every CTA has read the counter: it has been heard of since. It restarts before sequence numbers could come to 0.
   if (self.cta == 0 && threadIdx.x == 0) *counter = (step + 1) & 0xffffff;

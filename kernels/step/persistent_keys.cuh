@@ -12,11 +12,13 @@ struct CacheRow {
   int row;      // of the cache
   bool writes;  // whether there is room for the new key
 };
-__device__ __forceinline__ CacheRow cache_row(const StepParams& p, int row) {
-  const int length = p.cache_seqlens[row], c = p.cache_batch_idx[row];
+__device__ __forceinline__ CacheRow cache_row(const StepParams& p, int length, int c) {
   if (c < 0 || c >= p.cache_rows) return {0, 0, false};
   const int capacity = static_cast<int>(p.capacity);
   return {max(0, min(length, capacity)), c, length >= 0 && length < capacity};
+}
+__device__ __forceinline__ CacheRow cache_row(const StepParams& p, int row) {
+  return cache_row(p, p.cache_seqlens[row], p.cache_batch_idx[row]);
 }
 
 /// The old keys of a row that a CTA reads in a layer, [first, end). They are split over as many of a head's CTAs as their

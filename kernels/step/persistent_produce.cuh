@@ -22,11 +22,11 @@ __device__ __forceinline__ void produce(const PersistentArgs& args, Ring<Persist
       landed.advance(1);
     }
     ++under_way;
-    if constexpr (S::paced) {
-      while (static_cast<uint32_t>(clock()) - last < pace) {
-      }
-      last = static_cast<uint32_t>(clock());
-    }
+    uint32_t now;
+    do {
+      now = static_cast<uint32_t>(clock());
+    } while (now - last < pace);
+    last = now;
     uint64_t* barrier = ring.full + ring.slot;
     sm90::barrier_expect(barrier, bytes);
     return barrier;
@@ -50,19 +50,25 @@ __device__ __forceinline__ void produce(const PersistentArgs& args, Ring<Persist
   load_qkv(0);
   ptx::grid_dependency_wait();
 
-  CacheRow cache[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) cache[r] = r < rows ? cache_row(p, r) : CacheRow{0, 0, false};
-
   // The pace is in cycles, of a clock that changes: each step measures it for the next one.
-  uint32_t* next_pace = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.workspace) + Mailboxes<kHeads>::pace);
-  int64_t start = 0, start_ns = 0;
-  if constexpr (S::paced) {
-    start = clock64();
-    start_ns = global_ns();
-    if (cache[0].length <= S::few_keys) pace = min(*const_cast<volatile uint32_t*>(next_pace), 4096u);
-    if (pace > 0) most = S::in_flight;
+  int* clock_word = reinterpret_cast<int*>(static_cast<uint8_t*>(p.workspace) + Mailboxes<kHeads>::clock);
+  const int cycles_per_us = load_now(clock_word);
+  int length[kRows], cache_index[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    length[r] = load_now(p.cache_seqlens + min(r, rows - 1));
+    cache_index[r] = load_now(p.cache_batch_idx + min(r, rows - 1));
   }
+  CacheRow cache[kRows];
+  bool few = true;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    cache[r] = r < rows ? cache_row(p, length[r], cache_index[r]) : CacheRow{0, 0, false};
+    few = few && cache[r].length <= S::few_keys;
+  }
+  const int64_t start = clock64(), start_ns = global_ns();
+  if (few) pace = static_cast<uint32_t>(args.stage_ns * 1e-3f * static_cast<float>(min(cycles_per_us, 4096)));
+  if (pace > 0) most = S::in_flight;
 
   for (int layer = 0; layer < layers; ++layer) {
     if (layer > 0) load_qkv(layer);
@@ -91,11 +97,9 @@ __device__ __forceinline__ void produce(const PersistentArgs& args, Ring<Persist
     for (int i = 0; i < 4; ++i) weights(args.down, layer * S::hidden + 8 * cta, i * S::heads);
   }
   for (int tile = cta; tile < tiles; tile += S::ctas) weights(args.head, 8 * tile, 0);
-  if constexpr (S::paced) {
-    // Every CTA has read the last one: it has been heard of since.
-    const float ns = static_cast<float>(global_ns() - start_ns), cycles = static_cast<float>(clock64() - start);
-    if (cta == 0 && ns > 1e5f) *next_pace = static_cast<uint32_t>(args.stage_ns * cycles / ns);
-  }
+  // Every CTA has read the last one: it has been heard of since.
+  const float us = 1e-3f * static_cast<float>(global_ns() - start_ns), cycles = static_cast<float>(clock64() - start);
+  if (cta == 0 && us > 100.0f) *clock_word = static_cast<int>(cycles / us);
 }
 
 }  // namespace vivace::step

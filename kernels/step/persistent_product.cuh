@@ -92,13 +92,15 @@ __device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, cons
   store_sums<S, S::row_a, false>(self.sums_a, self.warp, self.lane, 0, d[0]);
 }
 
-/// Four pairs of tiles, of gate and up or of the head; sums to sums_b (warps, rows, 64).
-struct TileWeights {
-  uint32_t w[4][8][4];
+/// Pairs of tiles, of gate and up or of the head, four of them at a time.
+template <int kPairs>
+struct PairWeights {
+  uint32_t w[kPairs][8][4];
 };
+using TileWeights = PairWeights<4>;
 /// Pairs kFirst ... kEnd - 1, from the next stages.
-template <int kFirst = 0, int kEnd = 4, int kHeads, int kRows>
-__device__ __forceinline__ uint32_t load_weights(const Worker<kHeads, kRows>& self, TileWeights& w) {
+template <int kFirst, int kEnd, int kPairs, int kHeads, int kRows>
+__device__ __forceinline__ uint32_t load_weights(const Worker<kHeads, kRows>& self, PairWeights<kPairs>& w) {
   const uint32_t inputs = 2048 * self.warp;
   uint32_t bits = 0;
 #pragma unroll
@@ -108,25 +110,26 @@ __device__ __forceinline__ uint32_t load_weights(const Worker<kHeads, kRows>& se
   }
   return bits;
 }
-template <int kHeads, int kRows>
-__device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, const TileWeights& w) {
+/// Sums to sums (warps, rows, kStride), the last of which is the sum of squares.
+template <int kStride, int kPairs, int kHeads, int kRows>
+__device__ __forceinline__ void multiply(const Worker<kHeads, kRows>& self, const PairWeights<kPairs>& w, float* sums) {
   using S = PersistentShape<kHeads, kRows>;
   Squares<kHeads, kRows> squares(self);
-  float d[4][4] = {};
+  float d[kPairs][4] = {};
   const uint32_t* inputs = staged_inputs<S, false>(self.staging, 64, 0, self.lane);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint4 x = load_inputs(inputs, i);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) ptx::mma_m16n8k16<bf16>(d[n], w.w[n][2 * i], x.x, x.y);
+    for (int n = 0; n < kPairs; ++n) ptx::mma_m16n8k16<bf16>(d[n], w.w[n][2 * i], x.x, x.y);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) ptx::mma_m16n8k16<bf16>(d[n], w.w[n][2 * i + 1], x.z, x.w);
+    for (int n = 0; n < kPairs; ++n) ptx::mma_m16n8k16<bf16>(d[n], w.w[n][2 * i + 1], x.z, x.w);
     squares.step(i);
   }
   squares.step(4);
-  squares.template store<S::row_b>(self, self.sums_b);
+  squares.template store<kStride>(self, sums);
 #pragma unroll
-  for (int n = 0; n < 4; ++n) store_sums<S, S::row_b, true>(self.sums_b, self.warp, self.lane, 16 * n, d[n]);
+  for (int n = 0; n < kPairs; ++n) store_sums<S, kStride, true>(sums, self.warp, self.lane, 16 * n, d[n]);
 }
 
 /// Down, whose inputs are received and multiplied in halves of 256 where there are many rows; sums are the same.

@@ -23,6 +23,14 @@ __device__ __forceinline__ void store_packet(uint2* p, uint32_t x, uint32_t tag)
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
+/// ld.relaxed.gpu, of what is read once, beside other loads: plain ones the compiler moves behind the branches that want
+/// them, a trip to memory each.
+__device__ __forceinline__ int load_now(const int* p) {
+  int x;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+
 /// %globaltimer: nanoseconds, in steps of up to a microsecond.
 __device__ __forceinline__ int64_t global_ns() {
   int64_t ns;
