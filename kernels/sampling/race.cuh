@@ -224,7 +224,8 @@ __device__ __forceinline__ uint2 race(const DrawRequest& request, float largest,
   const bool greedy = request.greedy();
   const float cutoff = request.cutoff();
   const float range = -ptx::log2_approx(cutoff);  // of log2 of the largest weight over one that runs
-  const float surely = greedy ? 0.0f : range - kSlack, maybe = greedy ? 0.0f : range + kSlack;
+  // A draw of 1 is the time 0 at any weight, but what is further than 126 behind the largest may have none at all.
+  const float surely = greedy ? 0.0f : fminf(range - kSlack, 126.0f), maybe = greedy ? 0.0f : range + kSlack;
   float time[kRounds][4];
   uint32_t most = 0x7f800000u;  // infinity
 #pragma unroll

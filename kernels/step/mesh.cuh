@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1) mesh_kernel(const __grid_constant
   } else {
     sm90::registers_decrease<kStreamRegisters>();
     if (warp == kWarps) {
-      if (elect()) stream(c);
+      if (step::elect()) stream(c);
     } else {
       if constexpr (kProbes) ProbeWriter(c, thread - (kThreads - kBeside)).run();
       multiply_rest<T>(c, warp - kWarps - 1, lane);

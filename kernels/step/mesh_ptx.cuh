@@ -17,13 +17,6 @@ __device__ __forceinline__ void store_relaxed(void* p, uint32_t v) {
   asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
-/// elect.sync: one lane of a whole warp, of which the compiler knows that it is one.
-__device__ __forceinline__ bool elect() {
-  uint32_t elected;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
-  return elected != 0;
-}
-
 /// v = step::load_b128(p) if `there`. One instruction under a predicate: of a load under a condition the compiler would make
 /// copies, all of them behind the last of the loads that are under way.
 __device__ __forceinline__ void load_b128_if(uint4& v, const void* p, bool there) {

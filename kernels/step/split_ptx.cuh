@@ -8,6 +8,7 @@
 namespace vivace::split {
 
 using step::dynamic_shared;
+using step::elect;
 
 /// Looks before a wait is an error: some 20 seconds, since a tool that records every access slows a step to several.
 inline constexpr uint32_t kMaxTurns = 1u << 26;
@@ -83,14 +84,6 @@ __device__ __forceinline__ void store_relaxed(uint32_t* p, uint32_t x) {
   asm volatile("st.relaxed.gpu.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(p), "r"(x), "l"(sm90::kEvictLast) : "memory");
 }
 __device__ __forceinline__ bool all_lanes(bool x) { return __all_sync(~0u, x); }
-
-/// elect.sync: true for one lane of a warp. ptxas then knows that it is one, and copies take their operands from uniform
-/// registers without a loop over lanes.
-__device__ __forceinline__ bool elect() {
-  uint32_t x;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(x));
-  return x != 0;
-}
 
 /// fence.proxy.async of global memory: between ordinary accesses and those of the copy engine.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

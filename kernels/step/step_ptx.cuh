@@ -15,6 +15,14 @@ __device__ __forceinline__ uint8_t* dynamic_shared() {
   return step_shared;
 }
 
+/// elect.sync: true for one lane of a whole warp. ptxas then knows that it is one, and copies take their operands from
+/// uniform registers without a loop over lanes.
+__device__ __forceinline__ bool elect() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(elected));
+  return elected != 0;
+}
+
 /// Ends the grid with an error, an illegal address: a store to address 0. Not by `trap`: with one anywhere in a kernel,
 /// ptxas (13.0) keeps all warps to the registers of the launch bounds, whatever setmaxnreg gives them, and spills.
 __device__ __forceinline__ void fail() { asm volatile("st.global.u32 [%0], %1;" ::"l"(0ull), "r"(0) : "memory"); }

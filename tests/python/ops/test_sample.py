@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from reference.philox import sampling_uniforms
 from reference.sampling import distribution, draw
 
 from .cases import OPS, Case, grid
@@ -398,6 +399,24 @@ def test_small_vocabularies_draw_as_large_ones_do(scale, temperature, vocab):
     expected = OPS.sample(large, batch.rows, seen, **batch.parameters, seed=batch.seed, step=batch.step)
     assert torch.equal(batch.sample(), expected)
     assert torch.equal(batch.seen, seen[:, :vocab])
+
+
+def test_a_draw_of_exactly_1_does_not_win_for_what_cannot_be_drawn(device):
+    seed, step, first = 11, 786, 2712
+    assert sampling_uniforms(seed, step, 8194)[first] == 1.0  # the first to arrive, had it a weight
+    logits = torch.full((3, 8194), -float("inf"), device=device)
+    logits[:, first + 1] = 0.0  # its neighbour, whom the same thread has
+    logits[1, first] = -1000.0
+    logits[2, first] = -80.0  # has one
+    parameters = dict(zip(NAMES, SETTINGS["plain"], strict=True))
+    options = {
+        name: torch.tensor([x] * 3, dtype=torch.int32 if name == "top_k" else torch.float32, device=device)
+        for name, x in parameters.items()
+    }
+    rows = torch.tensor([[0, -1], [1, -1], [2, -1]], dtype=torch.int32, device=device)
+    seen = torch.zeros(3, 8194, dtype=torch.uint8, device=device)
+    draws = {"seed": torch.tensor([seed] * 3, device=device), "step": torch.tensor([step] * 3, device=device)}
+    assert OPS.sample(logits, rows, seen, **options, **draws).tolist() == [first + 1, first + 1, first]
 
 
 @pytest.mark.gpu
