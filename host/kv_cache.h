@@ -21,6 +21,7 @@ class KvCache {
   const at::Tensor& k() const { return k_; }
   const at::Tensor& v() const { return v_; }
   int64_t capacity() const { return k_.size(2); }
+  /// Of all positions; what lies between two heads (see Model::cache_pitch) is not counted.
   int64_t bytes() const { return static_cast<int64_t>(k_.nbytes() + v_.nbytes()); }
   /// Negative: there is none.
   int32_t scratch_row() const { return scratch_ ? static_cast<int32_t>(k_.size(1) - 1) : -1; }

@@ -64,6 +64,7 @@ class Divisor {
  public:
   __device__ __forceinline__ explicit Divisor(float x) : x_(x), reciprocal_(1.0f / x), usual_(is_usual(x)) {}
 
+  __device__ __forceinline__ float value() const { return x_; }
   template <int kCount>
   __device__ __forceinline__ void divide(float (&y)[kCount]) const {
     bool usual = usual_;
@@ -105,14 +106,12 @@ struct Logits {
   const uint8_t* seen;
   float cfg_weight;
   Divisor penalty, temperature;
-  float penalty_factor;
   bool greedy;
 
   __device__ __forceinline__ Logits(const SampleParams& p, int64_t r, const DrawRequest& request)
       : cfg_weight(request.cfg_weight),
         penalty(request.penalty),
         temperature(request.temperature),
-        penalty_factor(request.penalty),
         greedy(request.greedy()) {
     const T* logits = static_cast<const T*>(p.logits);
     const int64_t last = p.logit_rows - 1;  // rows outside the logits cannot raise here; they must not be read either
@@ -137,7 +136,7 @@ struct Logits {
       penalty.divide(divided);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (was_seen >> i & 1) l[i] = l[i] < 0.0f ? __fmul_rn(l[i], penalty_factor) : divided[i];
+        if (was_seen >> i & 1) l[i] = l[i] < 0.0f ? __fmul_rn(l[i], penalty.value()) : divided[i];
       }
     }
     if (!greedy) temperature.divide(l);

@@ -8,6 +8,7 @@
 
 #include "kernels/common/convert.cuh"
 #include "kernels/step/linear.h"
+#include "kernels/step/silu.cuh"
 
 namespace vivace {
 
@@ -88,7 +89,7 @@ class LinearItem {
         store_qkv(args, tile, lane, v);
       } else if constexpr (kMatrix == Matrix::kGateUp) {
         T* to = static_cast<T*>(args.out) + int64_t{row_} * (args.features / 2) + tile * (kWidth / 2) + 2 * lane;
-        store_pair(to, silu(v[0]) * v[2], silu(v[1]) * v[3]);
+        store_pair(to, step::silu(v[0]) * v[2], step::silu(v[1]) * v[3]);
       } else {
         store_logits(args, tile, lane, v);
       }
@@ -96,8 +97,6 @@ class LinearItem {
   }
 
  private:
-  static __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
-
   static __device__ __forceinline__ void load_pair(const T* from, float& a, float& b) {
     const float2 pair = unpack2<T>(*reinterpret_cast<const uint32_t*>(from));
     a = pair.x, b = pair.y;

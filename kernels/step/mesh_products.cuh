@@ -5,6 +5,7 @@
 
 #include "kernels/common/wgmma.cuh"
 #include "kernels/step/mesh_residual.cuh"
+#include "kernels/step/silu.cuh"
 
 namespace vivace::mesh {
 
@@ -99,7 +100,7 @@ class Products {
   __device__ __forceinline__ void gate(const float (&sum)[16], int layer) const {
     float gated[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) gated[i] = silu(sum[i]) * sum[8 + i];
+    for (int i = 0; i < 8; ++i) gated[i] = step::silu(sum[i]) * sum[8 + i];
     const int row = row_ + 32 * half_;
     if (row < c_.rows) {
       uint8_t* to = c_.gated() + place_of(row, c_.block, kMiddle / 32) + lane_ % 4 * 16;
@@ -128,8 +129,6 @@ class Products {
   static __device__ __forceinline__ int last_row(int rows, int pair) {
     return min((rows - 1 - pair) / 4 * 4 + pair, rows - 1);
   }
-
-  static __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
   template <int kCount>
   static __device__ __forceinline__ void clear(float (&sum)[kCount]) {

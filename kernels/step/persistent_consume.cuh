@@ -122,9 +122,7 @@ __device__ __forceinline__ void consume(Worker<kHeads, kRows>& self, uint64_t* a
     {
       OutWeights w;
       self.template fetch<1>([&] { return load_weights(self, w); });
-      if constexpr (S::early_pairs > 0) {
-        self.template fetch<2 * S::early_pairs>([&] { return load_weights<0, S::early_pairs>(self, gate_up); });
-      }
+      self.template fetch<2 * S::early_pairs>([&] { return load_weights<0, S::early_pairs>(self, gate_up); });
       receive_parts(self, layer);
       multiply(self, w);
       if (layer + 1 == layers && self.probes != nullptr) sm90::barrier_arrive(attended);

@@ -3,6 +3,7 @@
 
 #include "kernels/step/persistent_keys.cuh"
 #include "kernels/step/persistent_worker.cuh"
+#include "kernels/step/silu.cuh"
 
 namespace vivace::step {
 
@@ -160,7 +161,7 @@ __device__ __forceinline__ void send_gated(const Worker<kHeads, kRows>& self) {
     const float scale = inverse_rms(self, sums);
     const float gate = sum_over_warps<S, S::row_b>(sums + lane) * scale;
     const float up = sum_over_warps<S, S::row_b>(sums + 32 + lane) * scale;
-    const float y = __fdividef(gate, 1.0f + __expf(-gate)) * up;
+    const float y = silu(gate) * up;
     const uint32_t word = pack2<bf16>(y, __shfl_xor_sync(0xffffffffu, y, 1));
     uint32_t words[3];
 #pragma unroll

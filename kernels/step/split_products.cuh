@@ -7,6 +7,7 @@
 #pragma once
 
 #include "kernels/common/wgmma.cuh"
+#include "kernels/step/silu.cuh"
 #include "kernels/step/split_parts.cuh"
 #include "kernels/step/table.cuh"
 
@@ -184,8 +185,8 @@ class Products {
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         const float* gate = acc + 4 * u + 2 * i;
-        store_kept(to + kPartRows * 8 * u,
-                   pack2<T>(silu(gate[0] * scale) * (gate[16] * scale), silu(gate[1] * scale) * (gate[17] * scale)));
+        store_kept(to + kPartRows * 8 * u, pack2<T>(step::silu(gate[0] * scale) * (gate[16] * scale),
+                                                    step::silu(gate[1] * scale) * (gate[17] * scale)));
       }
     }
     signal(Counters::gated + 4 * part + c_.slice);
@@ -275,7 +276,6 @@ class Products {
     ready_ ^= 1;
   }
 
-  static __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
   static __device__ __forceinline__ float2 pair(const void* from, int64_t at) {
     return unpack2<T>(*reinterpret_cast<const uint32_t*>(static_cast<const T*>(from) + at));
   }
